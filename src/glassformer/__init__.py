@@ -1,0 +1,253 @@
+"""glassformer: one transformer that you can build, train, run and look inside.
+
+    import glassformer as gf
+
+    model = gf.preset("tiny", vocab_size=65).build(seed=0)
+    tap = gf.Record("blocks.*.attn.pattern")
+    logits = model(tokens, tap=tap)
+
+Every name of ``__all__`` is fetched from its room when it is first asked for, so importing this package imports
+no torch. The rooms themselves are attributes too: ``gf.text``, ``gf.weights``, ``gf.look``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .core.cache import Cache as Cache
+    from .core.errors import (
+        CacheError as CacheError,
+        CheckpointError as CheckpointError,
+        DataError as DataError,
+        GlassformerError as GlassformerError,
+        InputError as InputError,
+        MaskError as MaskError,
+        NotFinite as NotFinite,
+        RecipeError as RecipeError,
+        SamplerError as SamplerError,
+        SiteError as SiteError,
+        SpecError as SpecError,
+        TokenizerError as TokenizerError,
+        TrainingError as TrainingError,
+        WeightsError as WeightsError,
+    )
+    from .core.mask import Causal as Causal, Everything as Everything, Mask as Mask, Padding as Padding, SameDocument as SameDocument, Window as Window
+    from .core.numerics import seed_everything as seed_everything
+    from .core.spec import Spec as Spec, part as part, registered as registered
+    from .core.tap import Edit as Edit, Record as Record, Tap as Tap
+    from .infer import (
+        Chain as Chain,
+        Draw as Draw,
+        Generated as Generated,
+        Greedy as Greedy,
+        Link as Link,
+        LogitBias as LogitBias,
+        MinP as MinP,
+        Penalties as Penalties,
+        Session as Session,
+        Suppress as Suppress,
+        Temperature as Temperature,
+        Token as Token,
+        TopK as TopK,
+        TopP as TopP,
+        generate as generate,
+        stream as stream,
+    )
+    from .look import page as page, write_page as write_page
+    from .models import Block as Block, Decoder as Decoder, Encoder as Encoder, EncoderDecoder as EncoderDecoder
+    from .models.presets import preset as preset
+    from .parts.attention import Attention as Attention
+    from .parts.embed import Embedding as Embedding
+    from .parts.experts import Experts as Experts
+    from .parts.feedforward import Gated as Gated, Plain as Plain
+    from .parts.kernels import Sigmoid as Sigmoid, Softmax as Softmax, SoftmaxPlusOne as SoftmaxPlusOne, SoftmaxSink as SoftmaxSink
+    from .parts.norm import DynamicTanh as DynamicTanh, LayerNorm as LayerNorm, NoNorm as NoNorm, RMSNorm as RMSNorm
+    from .parts.position import ALiBi as ALiBi, Learned as Learned, NoPosition as NoPosition, Rotary as Rotary, Sinusoidal as Sinusoidal, T5Buckets as T5Buckets
+    from .parts.readout import Classifier as Classifier, LanguageModel as LanguageModel, States as States, Tagger as Tagger, Vector as Vector
+    from .parts.wiring import Parallel as Parallel, PostNorm as PostNorm, PreNorm as PreNorm, Sandwich as Sandwich
+    from .tasks import Batch as Batch, Loss as Loss, NextToken as NextToken, Task as Task
+    from .text import Piece as Piece, Tokenizer as Tokenizer
+    from .train import (
+        WSD as WSD,
+        AdamW as AdamW,
+        Constant as Constant,
+        Cosine as Cosine,
+        InverseSqrt as InverseSqrt,
+        Muon as Muon,
+        Step as Step,
+        TokenData as TokenData,
+        Trainer as Trainer,
+        prepare as prepare,
+    )
+    from .train.evaluate import Evaluation as Evaluation, evaluate as evaluate
+    from .train.recipe import LoadTokenizer as LoadTokenizer, Recipe as Recipe, TrainTokenizer as TrainTokenizer
+    from .weights import Loaded as Loaded, load as load, save as save
+
+__version__ = "0.1.0"
+
+_DOOR: dict[str, tuple[str, ...]] = {
+    "core.spec": (
+        "Spec",
+        "part",
+        "registered",
+    ),
+    "core.tap": (
+        "Tap",
+        "Record",
+        "Edit",
+    ),
+    "core.mask": (
+        "Mask",
+        "Everything",
+        "Causal",
+        "Window",
+        "SameDocument",
+        "Padding",
+    ),
+    "core.cache": ("Cache",),
+    "core.numerics": ("seed_everything",),
+    "core.errors": (
+        "GlassformerError",
+        "SpecError",
+        "InputError",
+        "SiteError",
+        "MaskError",
+        "CacheError",
+        "TokenizerError",
+        "DataError",
+        "WeightsError",
+        "CheckpointError",
+        "TrainingError",
+        "NotFinite",
+        "SamplerError",
+        "RecipeError",
+    ),
+    "text": (
+        "Tokenizer",
+        "Piece",
+    ),
+    "parts.attention": ("Attention",),
+    "parts.kernels": (
+        "Softmax",
+        "SoftmaxPlusOne",
+        "SoftmaxSink",
+        "Sigmoid",
+    ),
+    "parts.position": (
+        "NoPosition",
+        "Sinusoidal",
+        "Learned",
+        "Rotary",
+        "ALiBi",
+        "T5Buckets",
+    ),
+    "parts.norm": (
+        "LayerNorm",
+        "RMSNorm",
+        "DynamicTanh",
+        "NoNorm",
+    ),
+    "parts.feedforward": (
+        "Plain",
+        "Gated",
+    ),
+    "parts.experts": ("Experts",),
+    "parts.wiring": (
+        "PreNorm",
+        "PostNorm",
+        "Sandwich",
+        "Parallel",
+    ),
+    "parts.embed": ("Embedding",),
+    "parts.readout": (
+        "LanguageModel",
+        "Classifier",
+        "Tagger",
+        "States",
+        "Vector",
+    ),
+    "models": (
+        "Block",
+        "Decoder",
+        "Encoder",
+        "EncoderDecoder",
+    ),
+    "models.presets": ("preset",),
+    "weights": (
+        "save",
+        "load",
+        "Loaded",
+    ),
+    "tasks": (
+        "Task",
+        "NextToken",
+        "Batch",
+        "Loss",
+    ),
+    "infer": (
+        "generate",
+        "stream",
+        "Generated",
+        "Token",
+        "Session",
+        "Chain",
+        "Link",
+        "Temperature",
+        "TopK",
+        "TopP",
+        "MinP",
+        "Penalties",
+        "LogitBias",
+        "Suppress",
+        "Greedy",
+        "Draw",
+    ),
+    "train.evaluate": (
+        "evaluate",
+        "Evaluation",
+    ),
+    "train": (
+        "Trainer",
+        "Step",
+        "TokenData",
+        "prepare",
+        "AdamW",
+        "Muon",
+        "Constant",
+        "Cosine",
+        "WSD",
+        "InverseSqrt",
+    ),
+    "train.recipe": (
+        "Recipe",
+        "TrainTokenizer",
+        "LoadTokenizer",
+    ),
+    "look": (
+        "page",
+        "write_page",
+    ),
+}
+_ROOMS = ("core", "text", "parts", "models", "weights", "tasks", "infer", "train", "look")
+_ROOM_OF = {name: room for room, names in _DOOR.items() for name in names}
+
+__all__ = ["__version__", *_ROOM_OF]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOM_OF:
+        value = getattr(importlib.import_module(f".{_ROOM_OF[name]}", __name__), name)
+    elif name in _ROOMS:
+        value = importlib.import_module(f".{name}", __name__)
+    else:
+        from .core.errors import did_you_mean
+
+        raise AttributeError(f"glassformer has no name {name!r}.{did_you_mean(name, __all__)}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})

@@ -1,0 +1,99 @@
+"""The door of the command line: the list of commands, and what happens when something goes wrong.
+
+Exit codes: 0 it worked, 1 it failed while running, 2 the command, a recipe or a file was wrong,
+130 interrupted with Ctrl-C, 141 whoever read the output went away. A mistake of the user is one
+sentence on standard error, with the remedy; ``GLASSFORMER_DEBUG=1`` adds the traceback.
+
+Nothing here imports torch: the commands do, when they run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..core.errors import CheckpointError, GlassformerError, TrainingError
+from . import dimensions, evaluate, generate, look, params, tokenizer, train
+
+OK, FAILED, MISTAKE, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+
+app = typer.Typer(
+    name="glassformer",
+    help="One transformer that you can build, train, run and look inside.",
+    epilog="Start here: glassformer train shakespeare_quick, then glassformer generate runs/shakespeare_quick 'ROMEO:'",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train.train)
+app.command("generate")(generate.generate)
+app.command("evaluate")(evaluate.evaluate)
+app.command("look")(look.look)
+app.command("dimensions")(dimensions.dimensions)
+app.command("params")(params.params)
+app.add_typer(tokenizer.app, name="tokenizer")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"glassformer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False) -> None:
+    pass
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; ``None`` means the arguments of the process."""
+    given = list(sys.argv[1:] if args is None else args)
+    try:
+        code = typer.main.get_command(app)(given or ["--help"], prog_name="glassformer", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else OK
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush complains
+        return PIPE_CLOSED
+    except (TrainingError, CheckpointError) as error:
+        return _complain(str(error), FAILED)
+    except GlassformerError as error:
+        return _complain(str(error), MISTAKE)
+    except OSError as error:
+        return _complain(_file_trouble(error), FAILED)
+    except Exception as error:
+        return _unexpected(error)
+
+
+def _unexpected(error: Exception) -> int:
+    if hasattr(error, "format_message"):  # typer's own: a wrong option, a missing argument
+        command = getattr(getattr(error, "ctx", None), "command_path", "glassformer")
+        return _complain(f"{error.format_message().rstrip('.')}. See '{command} --help'.", MISTAKE)
+    if type(error).__name__ == "OutOfMemoryError":
+        return _complain("the device has no memory left: make the batch or the context smaller (--set batch=8, --set context=128).", FAILED)
+    traceback.print_exception(error)
+    print(f"\nThis is a fault in glassformer {__version__}, not a mistake of yours. Please report it with the lines above and the command.", file=sys.stderr)
+    return FAILED
+
+
+def _file_trouble(error: OSError) -> str:
+    where = f" {error.filename!r}" if error.filename else ""
+    return f"{error.strerror or error}:{where or ' a file'}. Check the path, its permissions and the free space."
+
+
+def _complain(text: str, code: int) -> int:
+    if os.environ.get("GLASSFORMER_DEBUG"):
+        traceback.print_exc()
+    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    print(f"\x1b[31merror:\x1b[0m {text}" if colour else f"error: {text}", file=sys.stderr)
+    return code

@@ -1,0 +1,41 @@
+"""``glassformer evaluate``: how well a model predicts a text."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="The folder of a trained model.")],
+    data: Annotated[list[str], typer.Option("--data", metavar="FILE_OR_FOLDER", help="The text to predict. Repeatable.")],
+    context: Annotated[int, typer.Option("--context", help="Tokens in a window.")] = 256,
+    batch: Annotated[int, typer.Option("--batch", help="Windows at a time.")] = 16,
+    windows: Annotated[int | None, typer.Option("--windows", help="At most so many windows, at even distances; by default all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps; by default the best there is.")] = None,
+) -> None:
+    """Loss, perplexity and bits per byte of a model on a text, with standard errors."""
+    from ..tasks import NextToken
+    from ..train.data import TokenData, read_texts
+    from ..train.evaluate import evaluate as measure
+    from ..train.recipe import find_text
+    from .models import open_model, tokenizer_of
+
+    loaded = open_model(model, device)
+    tokens = TokenData.from_text(read_texts([find_text(name) for name in data]), tokenizer_of(loaded, model))
+    found = measure(loaded.model, NextToken(), tokens, batch=batch, context=context, most=windows)
+    bits = found.bits_per_byte
+    share = found.error / found.loss  # bits per byte is the loss in another unit
+    if as_json:
+        sure = None if math.isnan(found.error) else found.error
+        print(json.dumps({"loss": found.loss, "standard_error": sure, "perplexity": found.perplexity, "bits_per_byte": bits, "tokens": found.tokens}))
+        return
+    print(f"loss           {found.loss:.4f} ± {found.error:.4f} nats per token")
+    print(f"perplexity     {found.perplexity:.3f} ± {found.perplexity * found.error:.3f}")
+    if bits is not None:
+        print(f"bits per byte  {bits:.4f} ± {bits * share:.4f}")
+    print(f"on {found.tokens:,} tokens in {found.windows:,} windows of {context}; ± is one standard error")

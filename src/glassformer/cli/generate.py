@@ -1,0 +1,62 @@
+"""``glassformer generate``: continue a text."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ..infer import Token
+
+
+def generate(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="The folder of a trained model.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue; '-' reads it from standard input.")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most so many tokens.")] = 200,
+    temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 takes the most probable token each time; higher is bolder.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Choose among the k most probable tokens.")] = 40,
+    top_p: Annotated[float | None, typer.Option("--top-p", help="Choose among the fewest tokens that hold this probability.")] = None,
+    min_p: Annotated[float | None, typer.Option("--min-p", help="Leave out tokens below this share of the best one's probability.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option("--repetition-penalty", help="Above 1 makes tokens that were there less likely.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text. Repeatable.")] = None,
+    logprobs: Annotated[int, typer.Option("--logprobs", metavar="N", help="One line per token: its probability and the N most probable ones.")] = 0,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps; by default the best there is.")] = None,
+) -> None:
+    """Continue a prompt with a trained model, token by token as they come."""
+    from ..infer import stream
+    from .models import open_model
+
+    loaded = open_model(model, device)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    tokens = stream(
+        loaded.model,
+        text,
+        tokenizer=loaded.tokenizer,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop or (),
+        logprobs=logprobs,
+    )
+    if logprobs:
+        for token in tokens:
+            print(_line(token))
+        return
+    print(text, end="", flush=True)
+    for token in tokens:
+        print(token.text, end="", flush=True)
+    print()
+
+
+def _line(token: Token) -> str:
+    """``'e'  64.1%   best: 'e' 64.1%  'a' 12.0%``."""
+    best = "  ".join(f"{c.text!r} {math.exp(c.logprob):.1%}" for c in token.top)
+    return f"{token.text!r:12} {math.exp(token.logprob):6.1%}   best: {best}"

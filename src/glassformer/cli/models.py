@@ -1,0 +1,63 @@
+"""What PRESET_OR_DIR means: a folder with a saved model, or the name of a preset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ..core.errors import InputError, RecipeError, TokenizerError, WeightsError, did_you_mean
+from ..models import presets
+from ..weights import own
+from .recipe import override
+
+if TYPE_CHECKING:
+    from ..text import Tokenizer
+
+
+class Shape(NamedTuple):
+    """A model without its numbers (on the meta device), and its tokenizer if it has one."""
+
+    model: Any
+    tokenizer: Tokenizer | None
+
+
+def pick_device(name: str | None) -> str:
+    """The device of that name if it is there, or the best there is. Raises :class:`InputError`."""
+    there = [kind for kind, present in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)) if present]
+    if name is None:
+        return there[0]
+    kind, _, number = name.partition(":")
+    if kind not in there or (number and (not number.isdigit() or (kind == "cuda" and int(number) >= torch.cuda.device_count()))):
+        raise InputError(f"There is no device {name!r} here. There is: {', '.join(there)}; or leave --device out.")
+    return name
+
+
+def open_model(folder: str, device: str | None = None) -> own.Loaded:
+    """The saved model in ``folder``, ready to run. Raises :class:`WeightsError` with the remedy for anything else."""
+    if not Path(folder).is_dir():
+        remedy = "A preset has no trained weights: train one first" if folder in presets.names() else "Train one first"
+        raise WeightsError(f"There is no folder {folder!r} with a model in it. {remedy}: glassformer train shakespeare_quick --out {folder}.")
+    return own.load(folder, device=pick_device(device))
+
+
+def tokenizer_of(loaded: own.Loaded, folder: str) -> Tokenizer:
+    """The tokenizer beside a model. Raises :class:`TokenizerError` if there is none."""
+    if loaded.tokenizer is None:
+        raise TokenizerError(f"{folder} has no tokenizer.json, so text means nothing to its model: save the model with its tokenizer.")
+    return loaded.tokenizer
+
+
+def open_shape(name: str, sets: Iterable[str] = ()) -> Shape:
+    """The preset of that name (changed by ``--set``) or the saved model in that folder."""
+    if Path(name).is_dir():
+        loaded = own.load(name)
+        if list(sets):
+            raise RecipeError(f"{name!r} is a saved model, whose sizes are fixed; --set changes presets only. Leave --set out, or name a preset.")
+        return Shape(loaded.model, loaded.tokenizer)
+    known = presets.names()
+    if name not in known:
+        raise RecipeError(f"{name!r} is neither a folder with a model nor a preset.{did_you_mean(name, known)} Presets: {', '.join(known)}.")
+    return Shape(override(presets.preset(name), sets).build(device="meta"), None)

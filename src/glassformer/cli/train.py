@@ -1,0 +1,68 @@
+"""``glassformer train``: run a recipe."""
+
+from __future__ import annotations
+
+import sys
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ..train import Trainer
+    from ..train.recipe import Recipe
+
+STOPPED = {"SIGINT": 130, "SIGTERM": 143}
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe (shakespeare_char), a .py or .yaml file, or the folder of a run.")],
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change the recipe: --set optimizer.lr=3e-4. Repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where the run is kept; by default runs/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in that folder.")] = False,
+    steps: Annotated[int | None, typer.Option("--steps", help="Stop after so many steps.")] = None,
+    seconds: Annotated[float | None, typer.Option("--seconds", help="Stop after so many seconds; the schedule follows the clock.")] = None,
+    data: Annotated[list[str] | None, typer.Option("--data", metavar="FILE_OR_FOLDER", help="The text to learn from. Repeatable.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps; by default the best there is.")] = None,
+) -> None:
+    """Train a model by a recipe and keep the run in a folder."""
+    from .models import pick_device
+    from .recipe import read_recipe
+
+    if Path(recipe).is_dir():  # a run: its own recipe, in its own folder
+        out, name = out or Path(recipe), str(Path(recipe) / "recipe.yaml")
+    else:
+        name = recipe
+    chosen = _with_options(read_recipe(name, sets or ()), steps, seconds, data)
+    folder = out or _free_folder(Path("runs") / Path(recipe).stem)
+    print(f"{Path(recipe).stem}: {', '.join(chosen.texts)} -> {folder}", file=sys.stderr)
+    trainer = chosen.trainer(folder, device=pick_device(device), resume=resume, progress=True)
+    trainer.run()
+    _report(trainer, folder)
+    if trainer.stopped:
+        raise typer.Exit(STOPPED.get(trainer.stopped, 1))
+
+
+def _with_options(recipe: Recipe, steps: int | None, seconds: float | None, data: list[str] | None) -> Recipe:
+    """The options that say the same as a --set; a new budget replaces the old one, of either kind."""
+    if steps is not None or seconds is not None:
+        recipe = recipe.replace(steps=steps, seconds=seconds)
+    return recipe.replace(data=tuple(data)) if data else recipe
+
+
+def _free_folder(wanted: Path) -> Path:
+    """``runs/name``, or the first of ``runs/name-2``, ``runs/name-3``, … that is not there yet."""
+    return next(p for n in count(1) if not (p := wanted if n == 1 else wanted.with_name(f"{wanted.name}-{n}")).exists())
+
+
+def _report(trainer: Trainer, folder: Path) -> None:
+    """What came out, where it is, and what to type next."""
+    last = trainer.last
+    found = "" if last is None or last.validation is None else f"; on text it has not seen: {last.validation}"
+    if trainer.stopped:
+        print(f"stopped after step {trainer.number:,} and saved. Go on with: glassformer train {folder} --resume")
+        return
+    print(f"trained {trainer.number:,} steps in {trainer.elapsed:.0f} s{found}")
+    print(f"saved in {folder} (loss curve: {folder / 'loss.png'})")
+    print(f'next: glassformer generate {folder} "Once"\n      glassformer look "Once upon a time" --model {folder}')

@@ -1,0 +1,331 @@
+"""Generation: from a prompt to text, all at once or token by token.
+
+    out = generate(model, "Once upon", tokenizer=tok, max_new_tokens=50, temperature=0.8, top_k=40, seed=7)
+    out.text, out.logprobs, out.finish_reason
+
+    for token in stream(model, ["one prompt", "another"], tokenizer=tok, stop=["\\n\\n"], logprobs=3):
+        print(token.row, token.text, token.logprob, token.top)
+
+    prompt ──► ids ──► Session.step ──► Detokenizer ──► StopStrings ──► Token, Token, …
+                          ▲    │                                            │
+                          └────┘ until every row has finished               └──► Generated
+
+``generate`` is ``stream`` with the events put together. What a row gets does not depend on the other rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict, Unpack, overload
+
+from torch import Tensor
+
+from glassformer.core.cache import Cache
+from glassformer.core.errors import InputError, SamplerError
+from glassformer.core.tap import Tap
+
+from .links import build_chain
+from .sampler import Chain, Link
+from .session import Session, Source
+from .text import Detokenizer, StopStrings
+
+FinishReason = Literal["stop", "eos", "length"]
+Prompt = str | list[int] | list[str] | list[list[int]] | Tensor
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that the model found probable at one place: ``logprob`` is ln p before any link of the sampler."""
+
+    id: int
+    text: str | None
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Token:
+    """One event of a stream.
+
+    ``text`` is what may be shown now: a character whose bytes are not complete, or a tail that may begin a stop string, comes
+    with a later token. ``logprob`` is ln p of the token by the model, before any link. ``finish_reason`` is set on a row's last event.
+    """
+
+    row: int
+    id: int
+    text: str
+    logprob: float
+    top: tuple[Candidate, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What one row became.
+
+    ``text`` (None without a tokenizer) is the new text, without end-of-sequence and from a stop string on cut off. ``ids``, ``logprobs`` and
+    ``top`` hold every token that was drawn, the last one too. ``finish_reason``: ``"eos"``, ``"stop"`` (a stop string), or ``"length"``.
+    """
+
+    text: str | None
+    ids: list[int]
+    logprobs: list[float]
+    top: list[tuple[Candidate, ...]]
+    finish_reason: FinishReason
+    prompt_ids: list[int]
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self.ids)) if self.text is None else self.text
+
+
+class Options(TypedDict, total=False):
+    """The options of :func:`generate` and :func:`stream`; all have defaults."""
+
+    tokenizer: Any  # to read a text prompt and to write text
+    max_new_tokens: int  # 128
+    sampler: Chain | Link | None  # a chain of links; or say some of the next names (see build_chain for their order)
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
+    penalty_window: int | None
+    logit_bias: Mapping[int, float] | None
+    do_sample: bool | None
+    order: str
+    seed: int | Sequence[int] | None  # one seed, or one per row
+    stop: str | Sequence[str]  # texts that end a row
+    eos_id: int | Sequence[int] | None  # ids that end a row; default the tokenizer's; () for none
+    cache: Cache | bool | None  # yours, or False for none (slow; for comparison)
+    tap: Tap | None  # sees every call of the model; paths begin with step.{n}., step 0 is the prefill
+    logprobs: int  # how many of the most probable tokens to report beside each
+    decoder_start: int | Sequence[int] | None  # encoder-decoder: how the target begins; default the model's own (spec.start)
+
+
+@overload
+def generate(model: Any, prompt: str | list[int], *, stream: Callable[[Token], object] | None = None, **options: Unpack[Options]) -> Generated: ...
+
+
+@overload
+def generate(
+    model: Any, prompt: list[str] | list[list[int]], *, stream: Callable[[Token], object] | None = None, **options: Unpack[Options]
+) -> list[Generated]: ...
+
+
+@overload
+def generate(model: Any, prompt: Tensor, *, stream: Callable[[Token], object] | None = None, **options: Unpack[Options]) -> Generated | list[Generated]: ...
+
+
+def generate(model: Any, prompt: Prompt, *, stream: Callable[[Token], object] | None = None, **options: Unpack[Options]) -> Generated | list[Generated]:
+    """Continue a prompt: a text, a list of ids, a batch of either (ragged), or a tensor ``[t]`` or ``[b t]``.
+
+    One prompt gives one :class:`Generated`, a batch gives a list. ``stream`` is called with every :class:`Token` as it comes; the other options
+    are those of :class:`Options`. Nothing said about sampling means greedy. With one ``seed`` each row draws from a stream of its own, made from
+    the seed and its prompt, so that a row gets the same in any batch, and equal prompts in one batch go different ways.
+
+    For an encoder-decoder the prompt is the source, and the target begins with ``decoder_start``.
+
+    Raises :class:`InputError` for prompts that cannot be read or will not fit, :class:`CacheError` for a cache too small,
+    :class:`SamplerError` for settings that make no sense; all before the model runs.
+    """
+    run = _Run.prepare(model, prompt, **options)
+    for token in run.events():
+        if stream is not None:
+            stream(token)
+    done = [row.result() for row in run.rows]
+    return done[0] if run.single else done
+
+
+def stream(model: Any, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Token]:
+    """The tokens of :func:`generate` as they come: one :class:`Token` per row and step, rows in order within a step.
+
+    Errors in the options are raised here, not at the first token. The texts of a row's events, joined, are its ``Generated.text``.
+    """
+    return _Run.prepare(model, prompt, **options).events()
+
+
+# One run
+
+
+@dataclass
+class _Row:
+    """One row on its way: what was drawn, and what of it was shown."""
+
+    index: int
+    prompt_ids: list[int]
+    tokenizer: Any
+    limit: int
+    eos: frozenset[int]
+    stops: StopStrings
+    context: list[int]
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: list[tuple[Candidate, ...]] = field(default_factory=list)
+    shown: list[str] = field(default_factory=list)
+    finish: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer, self.context)
+
+    def take(self, token: int, logprob: float, top: list[tuple[int, float]]) -> Token:
+        """Add a token, decide whether the row ends, and say what may be shown."""
+        self.ids.append(token)
+        self.logprobs.append(logprob)
+        self.top.append(tuple(Candidate(i, None if self.tokenizer is None else self.tokenizer.decode([i]), p) for i, p in top))
+        text, stopped = "", False
+        if token in self.eos:
+            self.finish = "eos"
+        elif len(self.ids) == self.limit:
+            self.finish = "length"
+        if self.detokenizer is not None:
+            text, stopped = self.stops.push("" if self.finish == "eos" else self.detokenizer.push(token))
+            if self.finish and not stopped:
+                rest, stopped = self.stops.push(self.detokenizer.flush())
+                text += rest + self.stops.flush()
+        if stopped:
+            self.finish = "stop"
+        self.shown.append(text)
+        return Token(self.index, token, text, logprob, self.top[-1], self.finish)
+
+    def result(self) -> Generated:
+        assert self.finish is not None
+        return Generated(None if self.tokenizer is None else "".join(self.shown), self.ids, self.logprobs, self.top, self.finish, self.prompt_ids)
+
+
+@dataclass
+class _Run:
+    """All rows of one call."""
+
+    session: Session
+    rows: list[_Row]
+    single: bool
+    drops: bool  # whether finished rows may leave the batch
+
+    @staticmethod
+    def prepare(
+        model: Any,
+        prompt: Prompt,
+        *,
+        tokenizer: Any = None,
+        max_new_tokens: int = 128,
+        sampler: Chain | Link | None = None,
+        seed: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] = (),
+        eos_id: int | Sequence[int] | None = None,
+        cache: Cache | bool | None = None,
+        tap: Tap | None = None,
+        logprobs: int = 0,
+        decoder_start: int | Sequence[int] | None = None,
+        **known: Any,
+    ) -> _Run:
+        """Read the options and check them against each other; nothing runs but an encoder."""
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}; ask for at least 1.")
+        if logprobs < 0:
+            raise InputError(f"logprobs is {logprobs}; it is the number of candidates to report, 0 or more.")
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if stops and tokenizer is None:
+            raise InputError("Stop strings are text, and without a tokenizer there is only ids: give tokenizer=…, or end on ids by eos_id=….")
+        prompts, single = read_prompts(prompt, tokenizer)
+        chain = _read_sampler(sampler, seed, known)
+        seeds, run_seed = _read_seed(seed, prompts)
+        source, starts = None, prompts
+        if hasattr(model, "encode") and hasattr(model, "decode"):
+            starts = [_read_start(decoder_start, model)] * len(prompts)
+            source = Source.read(model, prompts, tap)
+        elif decoder_start is not None:
+            raise InputError("decoder_start is for encoder-decoder models; this one continues the prompt itself.")
+        session = Session(model, starts, chain, room=max_new_tokens, cache=cache, seed=run_seed, seeds=seeds, tap=tap, top=logprobs, source=source)
+        eos = _read_eos(eos_id, tokenizer)
+        rows = [
+            _Row(i, p, tokenizer, max_new_tokens, eos, StopStrings(stops), s if source is None else [])
+            for i, (p, s) in enumerate(zip(prompts, starts, strict=True))
+        ]
+        return _Run(session, rows, single, drops=tap is None and not isinstance(cache, Cache))
+
+    def events(self) -> Iterator[Token]:
+        """Step until every row has finished."""
+        session, live = self.session, self.rows
+        while True:
+            drawn = session._step(frozen=[j for j, row in enumerate(live) if row.finish] if not self.drops else ())
+            for row, token, logprob, top in zip(live, drawn.ids, drawn.logprobs, drawn.top, strict=True):
+                if row.finish is None:
+                    yield row.take(token, logprob, top)
+            going = [j for j, row in enumerate(live) if row.finish is None]
+            if not going:
+                return
+            # Leaving the batch copies the cache of those who stay: worth it when half have finished, and then at most log2(b) times.
+            if self.drops and 2 * len(going) <= len(live):
+                session, live = session.select(going), [live[j] for j in going]
+
+
+# Reading what was given
+
+
+def read_prompts(prompt: Prompt, tokenizer: Any = None) -> tuple[list[list[int]], bool]:
+    """The ids of every row, and whether a single prompt was given. Raises :class:`InputError` for anything that is no prompt."""
+    given: Any = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+    single = isinstance(given, str) or (isinstance(given, (list, tuple)) and bool(given) and all(isinstance(i, int) for i in given))
+    rows = [given] if single else given
+    if not isinstance(rows, (list, tuple)) or not rows:
+        raise InputError(f"A prompt is a text, a list of ids, or a list of either, but got {prompt!r}.")
+    return [_read_prompt(row, i, tokenizer) for i, row in enumerate(rows)], single
+
+
+def _read_prompt(row: Any, i: int, tokenizer: Any) -> list[int]:
+    if isinstance(row, str):
+        if tokenizer is None:
+            raise InputError(f"Prompt {i} is a text ({row[:40]!r}), and without a tokenizer it cannot be read: give tokenizer=…, or ids.")
+        row = tokenizer.encode(row) or _beginning(tokenizer)
+    if not isinstance(row, (list, tuple)) or not all(isinstance(t, int) for t in row):
+        raise InputError(f"Prompt {i} is neither a text nor a list of ids: {row!r}.")
+    if not row:
+        raise InputError(f"Prompt {i} is empty, and the tokenizer has no beginning-of-text token to start from: give at least one token.")
+    return list(row)
+
+
+def _beginning(tokenizer: Any) -> list[int]:
+    """What an empty text starts from: the beginning-of-text token, or (as in GPT-2) the one between texts."""
+    known = (getattr(tokenizer, name, None) for name in ("bos_id", "eos_id"))
+    return [token for token in known if token is not None][:1]
+
+
+def _read_sampler(sampler: Chain | Link | None, seed: int | Sequence[int] | None, known: dict[str, Any]) -> Chain:
+    said = {name: value for name, value in known.items() if value is not None}
+    if sampler is None:
+        chain = build_chain(**said, seed=None if seed is None else 0)  # the session is given the real seed
+    elif said:
+        raise SamplerError(f"sampler={sampler!r} and {', '.join(said)} were both given: put what you want into the sampler, or leave it out.")
+    else:
+        chain = sampler if isinstance(sampler, Chain) else Chain((sampler,))
+    _ = chain.final  # a chain without one is an error now, not at the first token
+    return chain
+
+
+def _read_seed(seed: int | Sequence[int] | None, prompts: list[list[int]]) -> tuple[list[int], int | None]:
+    """The rows' own seeds, and the run's (None: as the chain says)."""
+    if seed is None or isinstance(seed, int):
+        seen: dict[tuple[int, ...], int] = {}
+        own = []
+        for ids in prompts:
+            times = seen[tuple(ids)] = seen.get(tuple(ids), -1) + 1
+            own.append(int.from_bytes(hashlib.blake2b(struct.pack(f"<{len(ids) + 1}q", times, *ids), digest_size=8).digest(), "little"))
+        return own, seed
+    if len(seed) != len(prompts):
+        raise SamplerError(f"{len(seed)} seeds were given for {len(prompts)} prompts; give one seed, or one per prompt.")
+    return [int(s) for s in seed], 0
+
+
+def _read_eos(eos_id: int | Sequence[int] | None, tokenizer: Any) -> frozenset[int]:
+    if eos_id is None:
+        eos_id = getattr(tokenizer, "eos_id", None)
+    return frozenset(() if eos_id is None else (eos_id,) if isinstance(eos_id, int) else eos_id)
+
+
+def _read_start(decoder_start: int | Sequence[int] | None, model: Any) -> list[int]:
+    start = model.spec.start if decoder_start is None else decoder_start
+    return [start] if isinstance(start, int) else list(start)

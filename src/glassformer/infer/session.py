@@ -1,0 +1,273 @@
+"""A running generation at the level of ids: the model's cache, the ids so far, the sampler's memory.
+
+    session = Session(model, [[5, 3, 8], [7]], TopK(40) | Draw(seed=0))
+    session.step()                 # one token per row
+    twins = session.fork(2)        # each row twice, to go on in two ways
+    session.rewind(3)              # as if the last three tokens had never been drawn
+
+The invariant that makes all of this simple: **the cache holds every token but the last one** of each
+row (at the start: none). A step reads what the cache does not hold yet, draws, and appends:
+
+    ids    p0 p1 p2 p3          step 0 reads p0…p3 (the prefill),   draws x0
+    cache  ─────────────
+    ids    p0 p1 p2 p3 x0       step 1 reads x0,                    draws x1
+    cache  ━━━━━━━━━━━
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glassformer.core.cache import Cache
+from glassformer.core.errors import CacheError, InputError, SamplerError
+from glassformer.core.tap import Tap
+from glassformer.parts.position import LearnedLayer
+
+from .sampler import Chain, Link, as_history
+from .state import State
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One step: per row the token, ln p of it, and the most probable tokens with theirs (by the model, before any link)."""
+
+    ids: list[int]
+    logprobs: list[float]
+    top: list[list[tuple[int, float]]]
+
+
+class Session:
+    """Rows of ids that grow by one token per :meth:`step`. Rows may be of different lengths.
+
+    ``cache``: None makes one with room for ``room`` more tokens; a Cache of yours goes on from what it holds, and is yours afterwards: it
+    holds all tokens but the last (penalties see the tokens of this session only); False computes everything anew at each step, the slow
+    twin. ``seeds`` are the rows' own. ``top``: how many of the most probable tokens to report. ``source``: an encoder-decoder's.
+    Raises :class:`InputError` or :class:`CacheError` before anything runs if the tokens will not fit.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        sampler: Chain | Link,
+        *,
+        room: int = 128,
+        cache: Cache | bool | None = None,
+        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
+        tap: Tap | None = None,
+        top: int = 0,
+        source: Source | None = None,
+    ):
+        if not prompts or not all(len(p) for p in prompts):
+            raise InputError(f"Generation needs at least one token in every row, but the rows have {[len(p) for p in prompts]} tokens.")
+        self.model, self.tap, self.top, self.source = model, tap, top, source
+        self.sampler = sampler if isinstance(sampler, Chain) else Chain((sampler,))
+        self.lengths = [len(p) for p in prompts]
+        longest, device = max(self.lengths), _device(model)
+        self._check_room(cache, longest, room)
+        self.cache: Cache | None = cache if isinstance(cache, Cache) else None if cache is False else model.cache(batch=len(prompts), capacity=longest + room)
+        self.state: State = self.sampler.state(len(prompts), seeds=seeds, seed=seed, device=device)
+        history = as_history(prompts, len(prompts), device)
+        assert history is not None
+        self._ids = torch.cat([history, history.new_full((len(prompts), room), -1)], dim=1)
+        self._width, self._prompt, self._begun = longest, longest, False
+
+    @property
+    def ids(self) -> list[list[int]]:
+        """Prompt and generated tokens of every row."""
+        return [row[-n:] for row, n in zip(self._ids[:, : self._width].tolist(), self.lengths, strict=True)]
+
+    @property
+    def drawn(self) -> int:
+        """How many tokens each row has been given so far."""
+        return self._width - self._prompt
+
+    def step(self) -> Drawn:
+        """Draw one token for every row.
+
+        Raises :class:`SamplerError` if the links leave a row nothing to choose from, or the model gave NaN.
+        """
+        return self._step(frozen=())
+
+    def _step(self, frozen: Sequence[int]) -> Drawn:
+        """A step in which the cache takes no token of the ``frozen`` rows, and what they draw means nothing."""
+        logits = self._read(frozen)
+        with torch.no_grad():
+            chosen = self.sampler(logits, self._ids[:, : self._width], self.state)
+            drawn = _measure(logits, chosen, self.top)
+        for row, token in enumerate(drawn.ids):
+            if token < 0 and row not in frozen:
+                raise SamplerError(self._why_nothing(logits[row], row))
+        if self._width == self._ids.shape[1]:
+            self._ids = torch.cat([self._ids, torch.full_like(self._ids, -1)], dim=1)
+        self._ids[:, self._width] = chosen
+        self._width += 1
+        self.lengths = [n + 1 for n in self.lengths]
+        return drawn
+
+    # The tree of continuations
+
+    def fork(self, n: int, seeds: Sequence[int] | None = None) -> Session:
+        """Each row ``n`` times, in a new session that shares nothing with this one.
+
+        With ``seeds``, one per new row, they draw differently from here on; without, the copies draw the same.
+        """
+        twins = self.select([row for row in range(len(self.lengths)) for _ in range(n)])
+        if seeds is not None:
+            if len(seeds) != len(twins.lengths):
+                raise SamplerError(f"fork({n}) makes {len(twins.lengths)} rows, but {len(seeds)} seeds were given; give one per new row.")
+            twins.state.seeds = [int(s) for s in seeds]
+        return twins
+
+    def select(self, rows: Sequence[int]) -> Session:
+        """A new session of these rows."""
+        new = object.__new__(Session)
+        new.__dict__.update(self.__dict__)
+        new.lengths = [self.lengths[r] for r in rows]
+        new.cache = None if self.cache is None else self.cache.select(rows)
+        new.state = self.state.select(rows)
+        new.source = None if self.source is None else self.source.select(rows)
+        new._ids = self._ids[torch.tensor(list(rows), device=self._ids.device)]
+        return new
+
+    def rewind(self, k: int) -> None:
+        """Forget the last ``k`` tokens that were drawn.
+
+        Raises :class:`InputError` if there are fewer, :class:`CacheError` if a ring has lost what came before.
+        """
+        if not 0 <= k <= self.drawn:
+            raise InputError(f"{self.drawn} tokens were drawn, so {k} cannot be forgotten: a session is wound back to its prompt at most.")
+        if k == 0:
+            return
+        if self.cache is not None:
+            self.cache.rewind(k)
+        self.state.rewind(k)
+        self._ids[:, self._width - k :] = -1
+        self._width -= k
+        self.lengths = [n - k for n in self.lengths]
+
+    # How a step reads
+
+    def _read(self, frozen: Sequence[int]) -> Tensor:
+        """Run the model over the tokens that the cache does not hold; logits after the last one, ``[b v]``."""
+        ids, lengths, path = self._ids[:, : self._width], self.lengths, f"step.{self.drawn}"
+        if self.cache is not None and self._begun:
+            ids, lengths = ids[:, -1:], [1] * len(lengths)
+        tokens, ragged = _left_aligned(ids, lengths), len(set(lengths)) > 1
+        keep: Tensor | int = torch.tensor(lengths, device=tokens.device) - 1 if ragged else 1
+        fed = [0 if row in frozen else n for row, n in enumerate(lengths)] if frozen else lengths if ragged else None
+        with torch.no_grad(), evaluating(self.model):
+            if self.source is None:
+                logits: Tensor = self.model(tokens, lengths=fed, cache=self.cache, keep=keep, tap=self.tap, path=path)
+            else:
+                logits = self.source.decode(tokens, lengths=fed, cache=self.cache, keep=keep, tap=self.tap, path=path)
+        self._begun = True
+        return logits[:, -1]
+
+    def _check_room(self, cache: Cache | bool | None, longest: int, room: int) -> None:
+        held = cache.length if isinstance(cache, Cache) else 0
+        if isinstance(cache, Cache):
+            if cache.batch != len(self.lengths):
+                raise CacheError(
+                    f"The cache was made for {cache.batch} rows and there are {len(self.lengths)} prompts. Make it with model.cache(batch={len(self.lengths)})."
+                )
+            if cache.capacity is not None and held + longest + room - 1 > cache.capacity:
+                raise CacheError(
+                    f"The cache has a capacity of {cache.capacity} tokens and holds {held}: a prompt of {longest} and {room} new tokens "
+                    f"need {held + longest + room - 1}. "
+                    f"Make it larger, or ask for fewer new tokens."
+                )
+        most = position_limit(self.model)
+        if most is not None and held + longest + room > most:
+            raise InputError(
+                f"The model has {most} learned positions, but {held + longest} tokens of prompt and {room} new ones need {held + longest + room}. "
+                f"Shorten the prompt, or ask for at most {max(0, most - held - longest)} new tokens."
+            )
+
+    def _why_nothing(self, logits: Tensor, row: int) -> str:
+        if torch.isnan(logits).any():
+            return f"The model gave NaN logits in row {row} at step {self.drawn}. Record('**') as tap shows at which site they begin."
+        return f"No token is left to choose from in row {row} at step {self.drawn}: every logit is -inf after {self.sampler!r}. Let one of the links keep more."
+
+
+class Source:
+    """The encoder's side of an encoder-decoder: read once, handed to every step."""
+
+    def __init__(self, model: Any, memory: Tensor, lengths: list[int]):
+        self.model, self.memory, self.lengths = model, memory, lengths
+
+    @staticmethod
+    def read(model: Any, sources: Sequence[Sequence[int]], tap: Tap | None = None) -> Source:
+        """Encode ragged sources, right-padded."""
+        lengths = [len(s) for s in sources]
+        if not all(lengths):
+            raise InputError(f"Every source needs at least one token, but the rows have {lengths}.")
+        history = as_history(sources, len(sources), _device(model))
+        assert history is not None
+        with torch.no_grad(), evaluating(model):
+            memory = model.encode(_left_aligned(history, lengths), lengths, tap=tap, path="step.0")
+        return Source(model, memory, lengths)
+
+    def decode(self, tokens: Tensor, **rest: Any) -> Tensor:
+        """The decoder's logits for these target tokens."""
+        logits: Tensor = self.model.decode(tokens, self.memory, source_lengths=self.lengths, **rest)
+        return logits
+
+    def select(self, rows: Sequence[int]) -> Source:
+        """These rows of the memory."""
+        return Source(self.model, self.memory[torch.tensor(list(rows), device=self.memory.device)], [self.lengths[r] for r in rows])
+
+
+def position_limit(model: Any) -> int | None:
+    """How many positions a model can tell apart: the smallest learned table, or None if any length will do."""
+    decoder = getattr(model, "decoder", model)
+    if not isinstance(decoder, nn.Module):
+        return None
+    return min((m.spec.max_positions for m in decoder.modules() if isinstance(m, LearnedLayer)), default=None)
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Dropout off for the length of one call, whatever mode each module is in; then as before."""
+    training = [m for m in model.modules() if m.training] if getattr(model, "training", False) else []
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def _measure(logits: Tensor, chosen: Tensor, top: int) -> Drawn:
+    """Log-probabilities of what was drawn; everything comes to the host in one transfer."""
+    logits = logits.float()
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    columns = [chosen[:, None].double(), (logits.gather(1, chosen[:, None].clamp(min=0)) - total).double()]
+    if top:
+        values, ids = logits.topk(min(top, logits.shape[-1]), dim=-1)
+        columns += [ids.double(), (values - total).double()]  # ids below 2^53 are exact in float64
+    rows = torch.cat(columns, dim=1).tolist()
+    half = (len(rows[0]) - 2) // 2
+    best = [[(int(i), p) for i, p in zip(r[2 : 2 + half], r[2 + half :], strict=True)] for r in rows]
+    return Drawn([int(r[0]) for r in rows], [r[1] for r in rows], best)
+
+
+def _left_aligned(ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Right-aligned rows ``[b n]`` moved to the left; what is behind a row's end is 0 (any id: nobody sees it)."""
+    if len(set(lengths)) == 1:
+        return ids[:, ids.shape[1] - lengths[0] :]
+    width = max(lengths)
+    return torch.stack([torch.cat([row[len(row) - n :], row.new_zeros(width - n)]) for row, n in zip(ids, lengths, strict=True)])
+
+
+def _device(model: Any) -> torch.device:
+    first = next(iter(model.parameters()), None)
+    return torch.device("cpu") if first is None else first.device

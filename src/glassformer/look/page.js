@@ -1,0 +1,228 @@
+"use strict";
+// The page's own script. First the data and the one state, then a section for each part of the page:
+// tokens, heads, the enlarged head, lens, norms (in heads.js, lens.js, norms.js, which are joined to this file).
+
+const D = JSON.parse(document.getElementById("data").textContent);
+const T = D.ids.length;
+const $ = (id) => document.getElementById(id);
+
+// What is chosen. The token under the pointer (or focus) goes before the pinned one; so does the lens row.
+const state = { head: null, pin: T - 1, hover: null, key: null, by: "row", depth: D.lens ? D.lens.rows.length - 1 : 0, hoverDepth: null, figure: "reads", shade: "top" };
+const token = () => state.hover ?? state.pin;
+
+// Elements are made from parts and text only: nothing from the data is ever parsed as HTML.
+function el(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name === "class") node.className = value;
+    else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children);
+  return node;
+}
+const tok = (text) => el("bdi", { class: "tok" }, text);
+const piece = (i) => tok(D.pieces[i]);
+
+// Three significant digits, as many as a half float holds.
+function number(x) {
+  if (x === null || Number.isNaN(x)) return "–";
+  if (x === 0) return "0";
+  const size = Math.abs(x);
+  if (size < 0.001 || size >= 1e6) return x.toExponential(2);
+  return size >= 1000 ? x.toFixed(0) : x.toPrecision(3);
+}
+
+// Patterns: half floats, decoded a layer at a time when first wanted.
+const HALF = (() => {
+  const table = new Float32Array(65536);
+  for (let bits = 0; bits < 65536; bits++) {
+    const e = (bits >> 10) & 31, m = bits & 1023;
+    table[bits] = (bits & 32768 ? -1 : 1) * (e === 0 ? m * 2 ** -24 : e === 31 ? (m ? NaN : Infinity) : (1 + m / 1024) * 2 ** (e - 15));
+  }
+  return table;
+})();
+const decoded = [];
+function half(layer) {
+  if (!decoded[layer]) {
+    const text = atob(D.patterns.half[layer]);
+    const out = new Uint16Array(text.length / 2);
+    for (let i = 0; i < out.length; i++) out[i] = text.charCodeAt(2 * i) | (text.charCodeAt(2 * i + 1) << 8);
+    decoded[layer] = out;
+  }
+  return decoded[layer];
+}
+const LOWER = D.patterns.packing === "lower", PER_HEAD = LOWER ? (T * (T + 1)) / 2 : T * T;
+// A function (query, key) -> weight for one head. Exactly 0 means masked.
+function weights(layer, head) {
+  const numbers = half(layer), start = head * PER_HEAD;
+  return LOWER ? (q, k) => (k > q ? 0 : HALF[numbers[start + (q * (q + 1)) / 2 + k]]) : (q, k) => HALF[numbers[start + q * T + k]];
+}
+const LAYERS = D.patterns.heads.length, ALL_HEADS = D.patterns.heads.reduce((a, b) => a + b, 0);
+
+// The row (or column) of the current token: for the open head, or the mean over all heads.
+const means = new Map();
+function line(t) {
+  const pick = (w) => (state.by === "row" ? (i) => w(t, i) : (i) => w(i, t));
+  if (state.head) {
+    const at = pick(weights(...state.head));
+    return Float32Array.from({ length: T }, (_, i) => at(i));
+  }
+  const known = `${state.by} ${t}`;
+  if (!means.has(known)) {
+    const sum = new Float32Array(T);
+    for (let l = 0; l < LAYERS; l++) for (let h = 0; h < D.patterns.heads[l]; h++) {
+      const at = pick(weights(l, h));
+      for (let i = 0; i < T; i++) sum[i] += at(i);
+    }
+    means.set(known, sum.map((x) => x / Math.max(ALL_HEADS, 1)));
+  }
+  return means.get(known);
+}
+
+// Colour: one hue, lightness alone carries the number (also for colour-blind readers); the square root of a weight is shaded,
+// so that small weights can be seen. Negative weights, which some normalisers give, are orange.
+const STOPS = {
+  light: [[[241, 245, 250], [196, 217, 238], [116, 172, 216], [40, 110, 178], [8, 42, 94]], [[255, 243, 230], [240, 160, 80], [150, 70, 0]]],
+  dark: [[[30, 36, 45], [29, 62, 104], [38, 112, 168], [92, 176, 218], [214, 241, 252]], [[44, 34, 26], [170, 92, 24], [255, 190, 120]]],
+};
+function ramp(stops) {
+  return Array.from({ length: 256 }, (_, i) => {
+    const x = (i / 255) * (stops.length - 1), a = Math.min(Math.floor(x), stops.length - 2);
+    return stops[a].map((c, j) => Math.round(c + (stops[a + 1][j] - c) * (x - a)));
+  });
+}
+const system = matchMedia("(prefers-color-scheme: dark)");
+const theme = () => document.documentElement.dataset.theme ?? (system.matches ? "dark" : "light");
+let ramps = STOPS[theme()].map(ramp);
+const rgb = (w) => ramps[w < 0 ? 1 : 0][Math.min(255, Math.round(Math.sqrt(Math.abs(w)) * 255))];
+function paint(node, w) {
+  const [r, g, b] = rgb(w);
+  const luminance = [r, g, b].map((c) => ((c / 255 + 0.055) / 1.055) ** 2.4).reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  node.style.backgroundColor = `rgb(${r} ${g} ${b})`;
+  node.style.color = luminance > 0.2 ? "#0b1016" : "#ffffff";
+}
+const unpaint = (node) => { node.style.backgroundColor = ""; node.style.color = ""; };
+function legend(node, zero) {
+  const bar = el("canvas", { width: 150, height: 1, role: "img", "aria-label": "Colour scale from 0 to 1, shaded by the square root" });
+  const c = bar.getContext("2d");
+  for (let x = 0; x < 150; x++) { c.fillStyle = `rgb(${rgb((x / 149) ** 2)})`; c.fillRect(x, 0, 1, 1); }
+  node.replaceChildren("0", bar, "1", "(√ scale)", ...(zero ? [el("span", { class: "blank", role: "img", "aria-label": "hatched" }), "0: masked"] : []));
+}
+const css = (name) => { // the value of a light-dark() colour, as the canvas understands it
+  const probe = el("i");
+  probe.style.color = `var(${name})`;
+  document.body.append(probe);
+  const value = getComputedStyle(probe).color;
+  probe.remove();
+  return value;
+};
+
+// Everything that changes is drawn once per frame, however many events came.
+const drawers = [];
+let due = false;
+function redraw() {
+  if (due) return;
+  due = true;
+  requestAnimationFrame(() => { due = false; for (const draw of drawers) draw(); });
+}
+function hover(t, key = null) {
+  if (state.hover === t && state.key === key) return;
+  state.hover = t;
+  state.key = key;
+  redraw();
+}
+function pin(t) {
+  state.pin = t;
+  keep();
+  redraw();
+}
+
+// The address keeps what is open.
+function keep() {
+  const parts = [];
+  if (state.head) parts.push(`head=${state.head.join(".")}`);
+  if (state.pin !== T - 1) parts.push(`token=${state.pin}`);
+  if (state.by !== "row") parts.push(`by=${state.by}`);
+  if (document.documentElement.dataset.theme) parts.push(`theme=${document.documentElement.dataset.theme}`);
+  history.replaceState(null, "", parts.length ? `#${parts.join("&")}` : location.pathname + location.search);
+}
+function recall() {
+  const asked = new URLSearchParams(location.hash.slice(1));
+  const [l, h] = (asked.get("head") ?? "").split(".").map(Number);
+  state.head = Number.isInteger(l) && Number.isInteger(h) && l >= 0 && h >= 0 && h < (D.patterns.heads[l] ?? 0) ? [l, h] : null;
+  const t = Number(asked.get("token") ?? T - 1);
+  state.pin = Number.isInteger(t) && t >= 0 && t < T ? t : T - 1;
+  state.by = asked.get("by") === "column" ? "column" : "row";
+  for (const input of document.querySelectorAll("input[name=by]")) input.checked = input.value === state.by;
+  setTheme(["light", "dark"].includes(asked.get("theme")) ? asked.get("theme") : undefined);
+}
+
+// Theme: the system's, or the reader's own choice.
+const onTheme = [];
+function setTheme(name) {
+  if (name) document.documentElement.dataset.theme = name;
+  else delete document.documentElement.dataset.theme;
+  $("theme").textContent = `Theme: ${name ?? "system"}`;
+  $("theme").setAttribute("aria-label", `Theme: ${name ?? "as the system has it"}; press to change`);
+  ramps = STOPS[theme()].map(ramp);
+  for (const change of onTheme) change();
+  redraw();
+}
+$("theme").addEventListener("click", () => {
+  const order = [undefined, "light", "dark"];
+  setTheme(order[(order.indexOf(document.documentElement.dataset.theme) + 1) % 3]);
+  keep();
+});
+system.addEventListener("change", () => setTheme(document.documentElement.dataset.theme));
+
+// Header
+
+const DECODER = D.model.kind === "decoder";
+const size = (n) => (n >= 1e9 ? `${(n / 1e9).toPrecision(3)} billion` : n >= 1e6 ? `${(n / 1e6).toPrecision(3)} million` : n.toLocaleString("en"));
+$("facts").textContent = [
+  `${D.model.kind}, ${D.model.layers} ${D.model.layers === 1 ? "layer" : "layers"}`, `${ALL_HEADS} ${ALL_HEADS === 1 ? "head" : "heads"}`,
+  `width ${D.model.d_model}`, `vocabulary ${D.model.vocab_size.toLocaleString("en")}`, `${size(D.model.parameters)} parameters`,
+].join(" · ");
+$("text").textContent = D.text;
+$("text").title = D.text;
+if (D.lens && DECODER) {
+  const last = D.lens.rows.length - 1;
+  $("answer").append(el("span", { class: "label" }, "Next token, by the model"),
+    ...D.lens.ids[last][T - 1].map((id, i) => el("span", {}, tok(D.vocabulary[id]), " ", el("span", { class: "num" }, number(D.lens.p[last][T - 1][i])))));
+}
+
+// Tokens
+
+const chips = D.pieces.map((text, i) => el("button", { type: "button", class: "chip", tabindex: i === T - 1 ? 0 : -1, title: `position ${i}, id ${D.ids[i]}` }, tok(text), el("small", { class: "num" })));
+$("chips").append(...chips);
+const chipAt = (event) => { const i = chips.indexOf(event.target.closest(".chip")); return i < 0 ? null : i; };
+$("chips").addEventListener("pointerover", (event) => { if (event.pointerType !== "touch" && chipAt(event) !== null) hover(chipAt(event)); });
+$("chips").addEventListener("pointerleave", () => hover(null));
+$("chips").addEventListener("focusout", () => hover(null));
+$("chips").addEventListener("click", (event) => { const i = chipAt(event); if (i !== null) { pin(i); if (event.detail === 0) hover(i); } });
+$("chips").addEventListener("keydown", (event) => {
+  const step = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1, Home: -T, End: T }[event.key];
+  if (!step) return;
+  event.preventDefault();
+  const to = Math.max(0, Math.min(T - 1, chips.indexOf(document.activeElement) + step));
+  chips[to].focus();
+  hover(to);
+});
+for (const input of document.querySelectorAll("input[name=by]")) input.addEventListener("change", () => { state.by = input.value; keep(); redraw(); });
+
+const brief = (w) => (w === 0 ? "" : Math.abs(w) < 0.005 ? "<.01" : w.toFixed(2));
+drawers.push(function drawTokens() {
+  const t = token(), row = line(t);
+  chips.forEach((chip, i) => {
+    if (row[i] === 0) unpaint(chip); else paint(chip, row[i]);
+    chip.lastChild.textContent = brief(row[i]);
+    chip.classList.toggle("here", i === t);
+    chip.classList.toggle("pinned", i === state.pin);
+    chip.tabIndex = i === state.pin ? 0 : -1;
+    chip.setAttribute("aria-label", `${D.pieces[i]}, position ${i}, ${number(row[i])}`);
+    chip.setAttribute("aria-pressed", i === state.pin);
+  });
+  const where = state.head ? `layer ${state.head[0]}, head ${state.head[1]}` : `the mean of ${ALL_HEADS === 1 ? "the one head" : `all ${ALL_HEADS} heads`}`;
+  const rest = [` (position ${t}, id ${D.ids[t]}) in ${where}.`];
+  $("strip-says").replaceChildren(...(state.by === "row" ? ["Shade: how much each token is read by "] : ["Shade: how much each token reads from "]), piece(t), ...rest);
+});

@@ -1,0 +1,178 @@
+"""One self-contained HTML page from one :class:`~glassformer.look.gather.Inside`.
+
+    page.html   the words and the places      {{style}} {{script}} {{data}} …
+    page.css    the looks
+    page.js     the data and the one state, colours, the token strip
+    heads.js    the grid of heads and the enlarged head
+    lens.js     the prediction by layer
+    norms.js    what is added to the stream
+
+The page asks the network for nothing, and its content security policy lets it ask for nothing. Numbers travel as
+half floats (11 bits: three significant digits), so the page says what the model computed and not a picture of it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+import secrets
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glassformer.core.errors import InputError
+
+from .gather import HEAD_FIGURES, Floats, Inside, gather
+from .shown import shown
+
+MOST_BYTES = 96 * 2**20
+"""Browsers open a page of this size within seconds; beyond it they become unreliable."""
+
+SCRIPTS = ("page.js", "heads.js", "lens.js", "norms.js")
+
+_SMALLEST = np.float16(2.0**-24)
+
+
+def page(model: Any, tokenizer: Any, text: str, title: str | None = None) -> str:
+    """The page for ``model`` on ``text``, as a string of HTML; ``title`` is the model's name on it.
+
+    Raises :class:`InputError` as :func:`gather` does, and for patterns too large for one page.
+    """
+    return render(gather(model, tokenizer, text, name=title))
+
+
+def write_page(path: str | os.PathLike[str], model: Any, tokenizer: Any, text: str, title: str | None = None) -> Path:
+    """Write :func:`page` to ``path``, whole or not at all; gives the path back."""
+    content, target = page(model, tokenizer, text, title), Path(path)
+    if not target.parent.is_dir():
+        raise InputError(f"The page cannot be written to {str(target)!r}: the folder {str(target.parent)!r} does not exist; create it or choose another.")
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        partial.write_text(content, encoding="utf-8", newline="\n")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def render(inside: Inside) -> str:
+    """The page for what :func:`gather` found (or for an :class:`Inside` made by hand)."""
+    style, script = _file("page.css"), "\n".join(map(_file, SCRIPTS))
+    title = f"Inside {shown_line(inside.card.name)}"
+    holes = {
+        "title": html.escape(title),
+        "style": style,
+        "script": script,
+        "data": _json(data(inside)),
+        "style_hash": _hash(style),
+        "script_hash": _hash(script),
+    }
+    # One pass: what is filled in is never searched for further holes.
+    return re.sub(r"\{\{(\w+)\}\}", lambda m: holes[m[1]], _file("page.html"))
+
+
+def data(inside: Inside) -> dict[str, Any]:
+    """What the page's script reads, as plain data."""
+    packing = "lower" if inside.causal else "full"
+    _check_size(inside, packing)
+    low, high = inside.row_sums
+    norms, lens = inside.norms, inside.lens
+    return {
+        "model": {
+            "name": shown_line(inside.card.name),
+            "kind": inside.card.kind,
+            "layers": inside.card.layers,
+            "d_model": inside.card.d_model,
+            "vocab_size": inside.card.vocab_size,
+            "parameters": inside.card.parameters,
+        },
+        "text": inside.text,
+        "ids": list(inside.ids),
+        "pieces": list(inside.pieces),
+        "vocabulary": {str(i): piece for i, piece in inside.vocabulary.items()},
+        "causal": inside.causal,
+        "row_sums": [_number(low), _number(high)],
+        "patterns": {"packing": packing, "heads": [len(p) for p in inside.patterns], "half": [pack(p, packing) for p in inside.patterns]},
+        "figures": {"names": list(HEAD_FIGURES), "values": [_numbers(f) for f in inside.head_figures()]},
+        "norms": {"attn": _numbers(norms.attn), "ffn": _numbers(norms.ffn), "stream": _numbers(norms.stream), "adds": norms.adds},
+        "lens": lens
+        and {
+            "rows": list(lens.rows),
+            "ids": lens.ids.tolist(),
+            "p": _numbers(lens.p),
+            "entropy": _numbers(lens.entropy),
+            "choice_p": _numbers(lens.choice_p),
+            "choice_rank": lens.choice_rank.tolist(),
+            "next_p": _numbers(lens.next_p),
+            "next_rank": lens.next_rank.tolist(),
+        },
+    }
+
+
+def pack(pattern: Floats, packing: str) -> str:
+    """Base64 of little-endian half floats, [h t s]; "lower" keeps only keys s <= t, row after row.
+
+    A stored zero is an exact zero of the model (a masked key): what is smaller than the smallest half float
+    is stored as that, 6e-8.
+    """
+    h, t, _ = pattern.shape
+    values = pattern[:, *np.tril_indices(t)] if packing == "lower" else pattern.reshape(h, -1)
+    half = values.astype("<f2")
+    vanished = (half == 0) & (values != 0)
+    half[vanished] = np.copysign(_SMALLEST, values[vanished])
+    return base64.b64encode(half.tobytes()).decode("ascii")
+
+
+def unpack(packed: str, heads: int, tokens: int, packing: str) -> Floats:
+    """The inverse of :func:`pack`: [h t s], to the precision of half floats."""
+    values = np.frombuffer(base64.b64decode(packed), "<f2").astype(np.float32)
+    if packing == "full":
+        return values.reshape(heads, tokens, tokens)
+    out = np.zeros((heads, tokens, tokens), np.float32)
+    out[:, *np.tril_indices(tokens)] = values.reshape(heads, -1)
+    return out
+
+
+def shown_line(text: str) -> str:
+    """A name on one line: spaces stay, other control characters are made visible."""
+    return " ".join(shown(word) for word in text.split(" ") if word)
+
+
+def _check_size(inside: Inside, packing: str) -> None:
+    t, heads = len(inside.ids), sum(len(p) for p in inside.patterns)
+    need = heads * (t * (t + 1) // 2 if packing == "lower" else t * t) * 2 * 4 // 3
+    if need > MOST_BYTES:
+        fits = int((MOST_BYTES * (3 if packing == "lower" else 1.5) / 4 / max(heads, 1)) ** 0.5)
+        raise InputError(
+            f"The patterns of {heads} heads on {t} tokens would make a page of {need >> 20} MB, but at most {MOST_BYTES >> 20} MB open well in a browser: "
+            f"give a text of at most {fits} tokens."
+        )
+
+
+def _json(value: Any) -> str:
+    """JSON that can stand inside a <script> element: no character of it can end the element or open a comment."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _number(x: float) -> float | None:
+    """Four significant digits; None for what JSON has no number for."""
+    return float(f"{x:.4g}") if np.isfinite(x) else None
+
+
+def _numbers(x: Any) -> Any:
+    return [_numbers(row) for row in x] if np.ndim(x) else _number(float(x))
+
+
+def _file(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

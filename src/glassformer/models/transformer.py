@@ -1,0 +1,348 @@
+"""The transformer: embedding, a stack of blocks, a norm, a read-out.
+
+    tokens ──► embed (+ position) ──► block 0 ──► … ──► block n-1 ──► final norm ──► read-out ──► logits
+                                        ▲                  ▲
+                                   cache slot         cache slot
+
+A decoder and an encoder are the same but for one word: a decoder's mask is ``Causal``, an
+encoder's is ``Everything``. Training, prefill and decoding are this one path with another cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glassformer.core import sites
+from glassformer.core.cache import NO_CACHE, Cache, Clock, Dense, Growing, Once, Ring, Slot
+from glassformer.core.errors import CacheError, InputError, SpecError
+from glassformer.core.flow import Ledger, Pass
+from glassformer.core.mask import And, Causal, Everything, Mask, Padding, Window
+from glassformer.core.numerics import dtype_named
+from glassformer.core.sites import Site, SiteInfo
+from glassformer.core.spec import Spec, part
+from glassformer.core.tap import Tap
+from glassformer.parts.attention import CrossAttentionLayer, _Attention
+from glassformer.parts.embed import Embedding, check_positions
+from glassformer.parts.experts import ExpertsLayer
+from glassformer.parts.norm import Norm, NormLayer, RMSNorm
+from glassformer.parts.position import NoPosition, Position
+from glassformer.parts.readout import LanguageModel, ReadOut
+
+from .anatomy import Anatomy
+from .block import Block
+from .init import GPT2_INIT, Init
+
+
+class Transformer(Spec):
+    """What decoders and encoders have in common (see :class:`Decoder`)."""
+
+    vocab_size: int
+    d_model: int
+    blocks: tuple[Block, ...]
+    final_norm: Norm
+    tied: bool
+    embedding: Embedding
+    position: Position
+    readout: ReadOut
+    init: Init
+
+    @property
+    def mask(self) -> Mask:
+        """Who may see whom, before windows, documents and padding."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise :class:`SpecError` for sizes that cannot be built."""
+        for name in ("vocab_size", "d_model"):
+            if getattr(self, name) < 1:
+                raise SpecError(f"{type(self).__name__} has {name}={getattr(self, name)}; it is at least 1.")
+        if self.position.rotates:
+            raise SpecError("Rotary turns queries and keys: give it to Attention(position=...), not to the model.")
+
+    def build(
+        self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None, seed: int | None = None, d_memory: int | None = None
+    ) -> TransformerModel:
+        """The model. ``device="meta"`` makes shapes without memory; ``seed`` None draws one from torch's generator."""
+        with torch.device("meta"):
+            model = TransformerModel(self, d_memory)
+        made: TransformerModel = finish(model, self.init, len(self.blocks), device, dtype, seed)
+        return made
+
+
+def finish(model: Any, init: Init, n_layers: int, device: str | torch.device | None, dtype: str | torch.dtype | None, seed: int | None) -> Any:
+    """Give a model built on the meta device its type, its memory and its first values."""
+    if dtype is not None:
+        model = model.to(dtype_named(dtype))
+    if device is not None and torch.device(device).type == "meta":
+        return model
+    model = model.to_empty(device="cpu" if device is None else device)
+    init.apply(model, n_layers, int(torch.randint(2**31, ())) if seed is None else seed)
+    return model
+
+
+@part
+class Decoder(Transformer):
+    """A causal language model: each position sees itself and what came before.
+
+    ``tied``: read-out and embedding share one matrix (arXiv 1608.05859). ``position``: added to the
+    embedding, or a bias shared by all layers; rotary positions belong to ``Attention``.
+    """
+
+    vocab_size: int
+    d_model: int
+    blocks: tuple[Block, ...]
+    final_norm: Norm = RMSNorm()
+    tied: bool = False
+    embedding: Embedding = Embedding()
+    position: Position = NoPosition()
+    readout: ReadOut = LanguageModel()
+    init: Init = GPT2_INIT
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    @property
+    def mask(self) -> Mask:
+        return Causal()
+
+
+@part
+class Encoder(Transformer):
+    """A bidirectional model: every position sees every other. Fields as in :class:`Decoder`."""
+
+    vocab_size: int
+    d_model: int
+    blocks: tuple[Block, ...]
+    final_norm: Norm = RMSNorm()
+    tied: bool = False
+    embedding: Embedding = Embedding()
+    position: Position = NoPosition()
+    readout: ReadOut = LanguageModel()
+    init: Init = GPT2_INIT
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    @property
+    def mask(self) -> Mask:
+        return Everything()
+
+
+class TransformerModel(Anatomy, nn.Module):
+    """A built :class:`Decoder` or :class:`Encoder`; ``spec`` is what it was built from."""
+
+    def __init__(self, spec: Transformer, d_memory: int | None = None):
+        super().__init__()
+        self.spec = spec
+        d = spec.d_model
+        heads = spec.blocks[0].attention.n_heads if spec.blocks else 1
+        self.embed = spec.embedding.build(spec.vocab_size, d)
+        self.position = spec.position.build(d, heads, d // heads)
+        self.blocks = nn.ModuleList(b.build(d, d_memory) for b in spec.blocks)
+        self.final_norm = spec.final_norm.build(d)
+        self.readout = spec.readout.build(d, self.embed, spec.tied)
+        self.has_experts = any(isinstance(m, ExpertsLayer) for m in self.modules())
+
+    # Running
+
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        positions: Tensor | None = None,
+        mask: Mask | None = None,
+        lengths: Sequence[int] | Tensor | None = None,
+        types: Tensor | None = None,
+        cache: Cache | None = None,
+        keep: int | Tensor | None = None,
+        memory: Tensor | None = None,
+        memory_lengths: Sequence[int] | Tensor | None = None,
+        tap: Tap | None = None,
+        aux: Ledger | None = None,
+        path: str = "",
+    ) -> Tensor:
+        """Logits [b t v] (or what the read-out makes) of ``tokens`` [b t].
+
+        ``inputs_embeds`` [b t d] stand in for tokens. ``lengths`` [b]: rows are padded on the right and
+        hold so many real tokens. ``types`` [b t]: token types. ``mask``: who may see whom, beyond the
+        model's own mask. ``keep``: read out only the last ``n`` positions (int) or one position per row
+        ([b]). ``memory`` [b s d]: an encoder's output. ``tap``: who looks. ``aux``: a ledger for side losses.
+        Raises :class:`InputError`, :class:`CacheError`, :class:`SiteError`.
+        """
+        run = self._run_eagerly if tap is not None and tap.differentiates() else self._run
+        h, p = run(tokens, inputs_embeds, positions, mask, lengths, types, cache, memory, memory_lengths, tap, aux, path)
+        y: Tensor = self.readout(kept(h, keep), p)
+        return y
+
+    def states(self, tokens: Tensor | None = None, **options: Any) -> Tensor:
+        """The stream after the final norm [b t d]: what the read-out reads. Options as in :meth:`forward`, without ``keep``."""
+        names = ("inputs_embeds", "positions", "mask", "lengths", "types", "cache", "memory", "memory_lengths", "tap", "aux", "path")
+        unknown = [o for o in options if o not in names]
+        if unknown:
+            raise InputError(f"states() takes no option {unknown[0]!r}; it takes {', '.join(names)}.")
+        h, _ = self._run(tokens, **(dict.fromkeys(names) | {"path": ""} | options))
+        return h
+
+    def _run(
+        self,
+        tokens: Tensor | None,
+        inputs_embeds: Tensor | None,
+        positions: Tensor | None,
+        mask: Mask | None,
+        lengths: Sequence[int] | Tensor | None,
+        types: Tensor | None,
+        cache: Cache | None,
+        memory: Tensor | None,
+        memory_lengths: Sequence[int] | Tensor | None,
+        tap: Tap | None,
+        aux: Ledger | None,
+        path: str,
+    ) -> tuple[Tensor, Pass]:
+        given = inputs_embeds if tokens is None else tokens
+        if given is None:
+            raise InputError("Neither tokens nor inputs_embeds were given: a model reads one of them.")
+        if tokens is not None and inputs_embeds is not None:
+            raise InputError("Both tokens and inputs_embeds were given: a model reads one of them.")
+        if tokens is not None and tokens.ndim != 2:
+            raise InputError(f"Tokens have shape {tuple(tokens.shape)}, but a model reads [batch, position]: for one row use tokens[None].")
+        b, t, device = given.shape[0], given.shape[1], given.device
+        if t == 0:
+            raise InputError("The rows hold no tokens: a model needs at least one position.")
+        if tap is not None and not torch.compiler.is_compiling():
+            self._check_tap(tap, path)
+        counts = None if lengths is None else [int(n) for n in lengths]
+        if counts is not None and (len(counts) != b or not all(0 <= n <= t for n in counts)):
+            raise InputError(f"lengths={counts} do not fit tokens of shape ({b}, {t}): one length per row, none above {t}.")
+        start = 0 if cache is None else cache.length
+        index = torch.arange(t, device=device) if cache is None else cache.open(b, t, counts, device)
+        if positions is None:
+            check_positions(self.position, start + t - 1)
+        rule = self.spec.mask if mask is None else self.spec.mask & mask
+        real = None if counts is None else torch.as_tensor(counts, device=device)
+        if real is not None and not isinstance(self.spec.mask, Causal):
+            rule = rule & Padding(real)
+        p = Pass(
+            positions=index if positions is None else positions,
+            index=index,
+            mask=rule,
+            cache=cache,
+            slots={},  # named here although they are the defaults: torch.compile cannot trace a dataclass's default objects
+            slot=NO_CACHE,
+            lengths=real,
+            memory=memory,
+            memory_mask=Everything() if memory_lengths is None else Padding.of(memory_lengths, device),
+            tap=tap,
+            aux=aux,
+            path=path,
+            shared=self._shared(index, cache),
+        )
+        x = self.embed(tokens, inputs_embeds, types, self.position, p)
+        for i, block in enumerate(self.blocks):
+            x = block(x, p.layer(i))
+        x = p.see(sites.RESID_FINAL, self.final_norm(x, p.at("final_norm")))
+        if cache is not None:
+            cache.close()
+        return x, p
+
+    def _shared(self, index: Tensor, cache: Cache | None) -> dict[str, Any]:
+        """What all layers have in common from the start: a bias of the model's own."""
+        if not self.spec.position.biases:
+            return {}
+        # Without a cache the bias is made here and not by the first layer that needs it: a layer that is
+        # computed again in the backward pass (activation checkpointing) must find what it found before.
+        made = {} if cache is not None else {f"bias:model:{NO_CACHE.layout}": self.position.bias(index, index)}
+        return {"position": self.position, **made}
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _run_eagerly(self, *inputs: Any) -> tuple[Tensor, Pass]:
+        return self._run(*inputs)
+
+    def _check_tap(self, tap: Tap, path: str) -> None:
+        # Within an encoder-decoder the whole model has checked the patterns against all of its sites.
+        inside = path.split(".")[2:] if path.startswith("step.") else path
+        if not inside and getattr(tap, "_checked_by", None) != id(self):
+            tap.check([s.path for s in self.sites()])
+            tap._checked_by = id(self)  # type: ignore[attr-defined]
+
+    # The cache
+
+    def cache(self, batch: int = 1, capacity: int | None = 512, rewind: int = 0) -> Cache:
+        """An empty cache for ``batch`` rows of up to ``capacity`` tokens (None: it grows, and gradients flow through it).
+
+        Layers with a window keep only the window and ``rewind`` more places. Raises :class:`CacheError` for an encoder.
+        """
+        if not isinstance(self.spec.mask, Causal):
+            raise CacheError("An encoder sees the whole text at once, so it has nothing to cache: call it without a cache.")
+        clock = Clock(batch)
+        layers: list[dict[str, Slot]] = []
+        for block in self.spec.blocks:
+            slots: dict[str, Slot] = {"attn": _slot(clock, block.attention.mask, capacity, rewind)}
+            if block.cross is not None:
+                slots["cross"] = Once()
+            layers.append(slots)
+        return Cache(clock, layers, capacity)
+
+    # Looking
+
+    def sites(self, path: str = "") -> list[SiteInfo]:
+        """Every observable value: path, axes, meaning. Nothing runs."""
+        return list(_sites(self, path))
+
+
+def kept(h: Tensor, keep: int | Tensor | None) -> Tensor:
+    """The positions that are read out: all, the last ``keep``, or one per row."""
+    if keep is None:
+        return h
+    if isinstance(keep, int):
+        return h[:, -keep:]
+    return h[torch.arange(h.shape[0], device=h.device), keep.to(h.device)][:, None]
+
+
+def _slot(clock: Clock, mask: Mask, capacity: int | None, rewind: int) -> Slot:
+    if capacity is None:
+        return Growing(clock)
+    terms = mask.terms if isinstance(mask, And) else (mask,)
+    windows = [m.size for m in terms if isinstance(m, Window)]
+    if windows and min(windows) + rewind < capacity:
+        return Ring(clock, min(windows), rewind)
+    return Dense(clock, capacity)
+
+
+def _sites(model: TransformerModel, root: str) -> Iterator[SiteInfo]:
+    def info(path: str, site: Site, axes: str | None = None) -> SiteInfo:
+        return SiteInfo(".".join(x for x in (root, path, site.name) if x), axes or site.axes, site.meaning)
+
+    def norms(path: str, module: nn.Module, axes: str) -> Iterator[SiteInfo]:
+        for site in getattr(module, "SITES", ()):
+            yield info(path, site, axes)
+
+    yield info("", sites.EMBED)
+    if model.spec.position.adds:
+        yield info("", sites.POS_EMBED)
+    yield from norms("embed.norm", model.embed.norm, "b t 1")
+    for i, block in enumerate(model.blocks):
+        for name, module in (("", block), *block.named_children()):
+            path = f"blocks.{i}.{name}".rstrip(".")
+            if isinstance(module, NormLayer):
+                yield from norms(path, module, "b t 1")
+                continue
+            for site in module.SITES:
+                yield info(path, site)
+            if isinstance(module, _Attention):
+                yield from norms(f"{path}.q_norm", module.q_norm, "b t h 1")
+                yield from norms(f"{path}.k_norm", module.k_norm, "b s g 1")
+    yield from norms("final_norm", model.final_norm, "b t 1")
+    yield info("", sites.RESID_FINAL)
+    transform = getattr(model.readout, "transform", None)
+    if transform is not None:
+        yield from norms("readout.transform.norm", transform.norm, "b t 1" if model.readout.SITES[0] is sites.LOGITS else "b 1")
+    for site in model.readout.SITES:
+        yield info("", site)
+
+
+__all__ = ["NO_CACHE", "CrossAttentionLayer", "Decoder", "Encoder", "Transformer", "TransformerModel", "finish", "kept"]

@@ -1,0 +1,223 @@
+"""Attention: every position asks, every visible position answers by how well its key fits.
+
+    x ──► query ──► q ─(norm)─(rotate)──► q_rot ─┐
+                                                 ├─► scores ──► pattern ─┐
+    m ──► key ────► k ─(norm)─(rotate)──► k_rot ─┘                       ├─► z ──► out
+      └─► value ──► v ───────────────────────────────────────────────────┘
+
+``m`` is ``x`` itself in self-attention, the encoder's output in cross-attention (queries come from
+the decoder, keys and values from the encoder). With ``n_kv_heads`` below ``n_heads``, groups of query
+heads share a key/value head (grouped-query, arXiv 2305.13245; multi-query with one, arXiv 1911.02150).
+
+The pattern depends on the input, so attention is not linear in it; it is linear in the values once the
+pattern is fixed.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from glassformer.core import sites
+from glassformer.core.errors import InputError, SpecError
+from glassformer.core.flow import Pass
+from glassformer.core.mask import Everything, Mask, Resolved, resolve
+from glassformer.core.spec import Spec, part
+from glassformer.core.tap import check_heads
+
+from . import kernels
+from .kernels import Normaliser, Rule, Softmax
+from .norm import NoNorm, Norm
+from .position import NoPosition, Position
+
+
+@part
+class Attention(Spec):
+    """Multi-head attention (arXiv 1706.03762) and its variants.
+
+    ``n_kv_heads``: None means ``n_heads``. ``d_head``: None means ``d_model / n_heads``. ``d_value``:
+    size of a value, None means ``d_head``. ``mask``: what this layer adds to the pass's mask
+    (``Window(512)``). ``cap``: soft-cap ``c tanh(s / c)`` on scores (Gemma 2, arXiv 2408.00118).
+    ``qk_norm``: a norm on each head's queries and keys (arXiv 2302.05442). ``scale``: None means
+    ``1 / sqrt(d_head)``. ``dropout``: of attention weights, in training.
+    """
+
+    n_heads: int
+    n_kv_heads: int | None = None
+    d_head: int | None = None
+    d_value: int | None = None
+    position: Position = NoPosition()
+    mask: Mask = Everything()
+    normaliser: Normaliser = Softmax()
+    qk_norm: Norm = NoNorm()
+    cap: float | None = None
+    scale: float | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        g = self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+        if self.n_heads < 1 or g < 1 or self.n_heads % g:
+            raise SpecError(f"Attention has n_heads={self.n_heads} and n_kv_heads={g}: the first must be a multiple of the second.")
+        if self.position.adds:
+            raise SpecError(f"{type(self.position).__name__} adds to the embedding: give it to the model (Decoder(position=...)), not to Attention.")
+        if self.cap is not None and self.cap <= 0:
+            raise SpecError(f"Attention(cap={self.cap}): a soft-cap is above zero, or None for none.")
+        if not 0 <= self.dropout < 1:
+            raise SpecError(f"Attention(dropout={self.dropout}): a dropout rate lies in [0, 1).")
+
+    def sizes(self, d: int) -> tuple[int, int, int, int]:
+        """``(n_heads, n_kv_heads, d_head, d_value)`` in a stream of width ``d``."""
+        g = self.n_kv_heads or self.n_heads
+        if self.d_head is None and d % self.n_heads:
+            raise SpecError(f"d_model={d} is no multiple of n_heads={self.n_heads}: change one of them, or give d_head.")
+        k = self.d_head or d // self.n_heads
+        return self.n_heads, g, k, self.d_value or k
+
+    def build(self, d: int) -> AttentionLayer:
+        """Self-attention in a stream of width ``d``."""
+        return AttentionLayer(self, d)
+
+    def build_cross(self, d: int, d_memory: int) -> CrossAttentionLayer:
+        """Attention from a stream of width ``d`` to a memory of width ``d_memory``."""
+        return CrossAttentionLayer(self, d, d_memory)
+
+
+class _Attention(nn.Module):
+    """What self- and cross-attention share: norms of q and k, the kernel, the output projection."""
+
+    SITES = sites.TABLE["attention"]
+
+    def __init__(self, spec: Attention, d: int):
+        super().__init__()
+        self.spec, self.d = spec, d
+        self.n_heads, self.n_kv_heads, self.d_head, self.d_value = spec.sizes(d)
+        self.scale = self.d_head**-0.5 if spec.scale is None else spec.scale
+        self.q_norm, self.k_norm = spec.qk_norm.build(self.d_head), spec.qk_norm.build(self.d_head)
+        self.position = spec.position.build(d, self.n_heads, self.d_head)
+        self.normaliser = spec.normaliser.build(self.n_heads)
+        self.out = nn.Linear(self.n_heads * self.d_value, d, bias=spec.out_bias)
+        self.mask_key = repr(spec.mask)
+
+    def split(self, x: Tensor, n: int) -> Tensor:
+        """[b t (n k)] -> [b t n k]."""
+        return x.view(*x.shape[:2], n, -1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Resolved, bias: Tensor | None, p: Pass) -> Tensor:
+        """From q [b t h k] and k, v [b g s k] to the layer's output [b t d]."""
+        rule = Rule(self.scale, self.spec.cap, bias, mask, self.normaliser)
+        dropout = self.spec.dropout if self.training else 0.0
+        q = q.transpose(1, 2)
+        if p.edits(sites.SCORES) or p.edits(sites.PATTERN):
+            pattern = p.see(sites.PATTERN, kernels.pattern_of(p.see(sites.SCORES, kernels.scores_of(q, k, rule)), rule))
+            z = kernels.mix(F.dropout(pattern, dropout) if dropout else pattern, v)
+        else:
+            p.offer(sites.SCORES, lambda heads: kernels.scores_of(q, k, rule, heads))
+            p.offer(sites.PATTERN, lambda heads: kernels.pattern_of(kernels.scores_of(q, k, rule, heads), rule, heads))
+            z = (kernels.fused if kernels.has_fused(rule, q.device) else kernels.explicit)(q, k, v, rule, dropout)
+        z = p.see(sites.Z, z.transpose(1, 2))
+        return p.see(sites.ATTN_OUT, self.project(z, p))
+
+    def project(self, z: Tensor, p: Pass) -> Tensor:
+        """From heads back to the stream: [b t h k] -> [b t d]; per head (``result``) when asked."""
+        if p.edits(sites.RESULT):
+            out = p.see(sites.RESULT, self.result(z, None)).sum(2)
+            return out if self.out.bias is None else out + self.out.bias
+        p.offer(sites.RESULT, lambda heads: self.result(z, heads))
+        joined: Tensor = self.out(z.flatten(2))
+        return joined
+
+    def result(self, z: Tensor, heads: tuple[int, ...] | None) -> Tensor:
+        """Each head's own output in the stream's space, [b t h d]."""
+        w = self.out.weight.view(self.d, self.n_heads, self.d_value)
+        if heads is not None:
+            check_heads(heads, self.n_heads, "a result")
+            z, w = z[:, :, list(heads)], w[:, list(heads)]
+        # einsum "b t h k, d h k -> b t h d" as one product per head
+        return (z.transpose(1, 2) @ w.permute(1, 2, 0).to(z.dtype)).transpose(1, 2)
+
+
+class AttentionLayer(_Attention):
+    """Self-attention: ``out = concat_h(softmax(q_h k_h^T / sqrt(k) + mask) v_h) W_out``; [b t d] -> [b t d].
+
+    Queries, keys and values come from one projection ``qkv`` whose rows are ``h*k`` queries, then
+    ``g*k`` keys, then ``g*d_value`` values.
+    """
+
+    def __init__(self, spec: Attention, d: int):
+        super().__init__(spec, d)
+        self.widths = (self.n_heads * self.d_head, self.n_kv_heads * self.d_head, self.n_kv_heads * self.d_value)
+        self.qkv = nn.Linear(d, sum(self.widths), bias=spec.qkv_bias)
+
+    def forward(self, x: Float[Tensor, "b t d"], p: Pass) -> Float[Tensor, "b t d"]:
+        x = p.see(sites.ATTN_IN, x)
+        q, k, v = self.qkv(x).split(self.widths, -1)
+        q = p.see(sites.Q, self.split(q, self.n_heads))
+        k = p.see(sites.K, self.split(k, self.n_kv_heads))
+        v = p.see(sites.V, self.split(v, self.n_kv_heads))
+        tables = self._shared(p, f"rotary:{self.position.key}", lambda: self.position.tables(p.positions))
+        q = p.see(sites.Q_ROT, self.position.rotate(self.q_norm(q, p.at("q_norm")), tables))
+        k = p.see(sites.K_ROT, self.position.rotate(self.k_norm(k, p.at("k_norm")), tables))
+        newest = p.slot.newest
+        keys, values, places = p.slot.update(k, v, p.index)
+        mask = self._shared(
+            p, f"mask:{self.mask_key}:{p.slot.layout}", lambda: resolve(p.mask & self.spec.mask, p.index, places, rows=x.shape[0], newest=newest)
+        )
+        key = self.position.key
+        bias = self._shared(p, None if key is None else f"bias:{key}:{p.slot.layout}", lambda: self.position.bias(p.index, places))
+        if "position" in p.shared:  # a bias that all layers share (T5)
+            of_model = self._shared(p, f"bias:model:{p.slot.layout}", lambda: p.shared["position"].bias(p.index, places))
+            bias = of_model if bias is None else bias + of_model
+        return self.attend(q, keys, values, mask, bias, p)
+
+    @staticmethod
+    def _shared(p: Pass, key: str | None, make):  # type: ignore[no-untyped-def]
+        """A value that all layers of one pass have in common, made by the first (key None: the layer's own)."""
+        if key is None:
+            return make()
+        if key not in p.shared:
+            p.shared[key] = make()
+        return p.shared[key]
+
+
+class CrossAttentionLayer(_Attention):
+    """Attention to an encoder's output: queries from the stream, keys and values from the memory.
+
+    Positions do not turn or bias cross-attention: the two rows have no common count.
+    """
+
+    def __init__(self, spec: Attention, d: int, d_memory: int):
+        if spec.position.rotates or spec.position.biases:
+            raise SpecError(f"Cross-attention takes no position encoding, but {type(spec.position).__name__} was given: use NoPosition().")
+        super().__init__(spec, d)
+        self.widths = (self.n_kv_heads * self.d_head, self.n_kv_heads * self.d_value)
+        self.q = nn.Linear(d, self.n_heads * self.d_head, bias=spec.qkv_bias)
+        self.kv = nn.Linear(d_memory, sum(self.widths), bias=spec.qkv_bias)
+
+    def forward(self, x: Float[Tensor, "b t d"], p: Pass) -> Float[Tensor, "b t d"]:
+        x = p.see(sites.ATTN_IN, x)
+        q = p.see(sites.Q, self.split(self.q(x), self.n_heads))
+        q = p.see(sites.Q_ROT, self.q_norm(q, p.at("q_norm")))
+        keys, values = p.slot.once(lambda: self._keys_and_values(p))
+        if "cross" not in p.shared:
+            p.shared["cross"] = _resolve_memory(p, x.shape[0], keys.shape[2])
+        return self.attend(q, keys, values, p.shared["cross"], None, p)
+
+    def _keys_and_values(self, p: Pass) -> tuple[Tensor, Tensor]:
+        if p.memory is None:
+            raise InputError("This decoder attends to an encoder's output, but none was given: call it with memory=encoder_states.")
+        k, v = self.kv(p.memory).split(self.widths, -1)
+        k = p.see(sites.K, self.split(k, self.n_kv_heads))
+        v = p.see(sites.V, self.split(v, self.n_kv_heads))
+        k = p.see(sites.K_ROT, self.k_norm(k, p.at("k_norm")))
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _resolve_memory(p: Pass, rows: int, s: int) -> Resolved:
+    """The memory's own mask (padding of the source), the same for every query."""
+    if isinstance(p.memory_mask, Everything):
+        return Resolved(p.memory_mask, False, None)
+    places = p.index.new_zeros(1).expand(1), p.index.new_ones(s).cumsum(0) - 1
+    return resolve(p.memory_mask, places[0], places[1], rows=rows)

@@ -1,0 +1,161 @@
+"""Norms: what keeps the stream's size in hand.
+
+LayerNorm   y = w * (x - mean) / sqrt(var + eps) + b
+RMSNorm     y = w * x / sqrt(mean(x^2) + eps)
+DynamicTanh y = w * tanh(alpha * x) + b
+NoNorm      y = x
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from glassformer.core.errors import SpecError
+from glassformer.core.flow import Pass
+from glassformer.core.numerics import wide
+from glassformer.core.sites import SCALE, Site
+from glassformer.core.spec import Spec, part
+
+
+class Norm(Spec):
+    """A map of each token's vector to one of controlled size."""
+
+    def build(self, d: int) -> NormLayer:
+        """The module for vectors of width ``d``."""
+        raise NotImplementedError
+
+
+class NormLayer(nn.Module):
+    """Base of all norms; ``SITES`` are its observable values, ``constants`` what its parameters start from."""
+
+    SITES: tuple[Site, ...] = ()
+    constants: dict[str, float]
+
+    def forward(self, x: Float[Tensor, "*b d"], p: Pass) -> Float[Tensor, "*b d"]:
+        raise NotImplementedError
+
+
+@part
+class LayerNorm(Norm):
+    """Subtract the mean, divide by the standard deviation, scale and shift (arXiv 1607.06450).
+
+    Per token this is one affine map followed by a fixed one: mean and size are lost, order and
+    relative gaps between features stay (until ``weight`` and ``bias``).
+    """
+
+    eps: float = 1e-5
+    bias: bool = True
+
+    def build(self, d: int) -> LayerNormLayer:
+        return LayerNormLayer(d, self.eps, self.bias)
+
+
+class LayerNormLayer(NormLayer):
+    """``y = weight * (x - mean(x)) / sqrt(var(x) + eps) + bias``; [.. d] -> [.. d]."""
+
+    SITES = (SCALE,)
+
+    def __init__(self, d: int, eps: float, bias: bool):
+        super().__init__()
+        self.d, self.eps = d, eps
+        self.constants = {"weight": 1.0, "bias": 0.0}
+        self.weight = nn.Parameter(torch.ones(d))
+        self.bias = nn.Parameter(torch.zeros(d)) if bias else None
+
+    def forward(self, x: Float[Tensor, "*b d"], p: Pass) -> Float[Tensor, "*b d"]:
+        if p.edits(SCALE):
+            centred = wide(x) - wide(x).mean(-1, keepdim=True)
+            scale = p.see(SCALE, (centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+            y = (centred / scale).to(x.dtype) * self.weight
+            return y if self.bias is None else y + self.bias
+        p.offer(SCALE, lambda _: (wide(x).var(-1, keepdim=True, correction=0) + self.eps).sqrt())
+        return F.layer_norm(x, (self.d,), self.weight, self.bias, self.eps)
+
+
+@part
+class RMSNorm(Norm):
+    """Divide by the root mean square and scale (arXiv 1910.07467).
+
+    ``offset``: added to the weight (Gemma stores ``weight - 1``: offset 1). ``cast``: ``"early"``
+    returns to the input's type before the weight is multiplied (Llama), ``"late"`` after (Gemma).
+    """
+
+    eps: float = 1e-6
+    offset: float = 0.0
+    cast: str = "early"
+
+    def __post_init__(self) -> None:
+        if self.cast not in ("early", "late"):
+            raise SpecError(f"RMSNorm(cast={self.cast!r}): cast is 'early' (Llama) or 'late' (Gemma).")
+
+    def build(self, d: int) -> RMSNormLayer:
+        return RMSNormLayer(d, self.eps, self.offset, self.cast == "late")
+
+
+class RMSNormLayer(NormLayer):
+    """``y = (offset + weight) * x / sqrt(mean(x^2) + eps)``, the mean in float32; [.. d] -> [.. d]."""
+
+    SITES = (SCALE,)
+
+    def __init__(self, d: int, eps: float, offset: float, late: bool):
+        super().__init__()
+        self.d, self.eps, self.offset, self.late = d, eps, offset, late
+        self.constants = {"weight": 1.0 - offset}
+        self.weight = nn.Parameter(torch.full((d,), 1.0 - offset))
+
+    def forward(self, x: Float[Tensor, "*b d"], p: Pass) -> Float[Tensor, "*b d"]:
+        if p.edits(SCALE):
+            y = wide(x) / p.see(SCALE, self._scale(x))
+        else:
+            p.offer(SCALE, lambda _: self._scale(x))
+            if self.offset == 0 and x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64):
+                return F.rms_norm(x, (self.d,), self.weight, self.eps)
+            y = F.rms_norm(wide(x), (self.d,), None, self.eps)
+        if self.late:
+            return (y * (self.offset + wide(self.weight))).to(x.dtype)
+        return y.to(x.dtype) * (self.weight if self.offset == 0 else self.offset + self.weight)
+
+    def _scale(self, x: Tensor) -> Tensor:
+        return (wide(x).pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+
+
+@part
+class DynamicTanh(Norm):
+    """An element-wise squashing in place of a norm (arXiv 2503.10622)."""
+
+    alpha: float = 0.5
+
+    def build(self, d: int) -> DynamicTanhLayer:
+        return DynamicTanhLayer(d, self.alpha)
+
+
+class DynamicTanhLayer(NormLayer):
+    """``y = weight * tanh(alpha * x) + bias`` with a learned scalar ``alpha``; [.. d] -> [.. d]."""
+
+    def __init__(self, d: int, alpha: float):
+        super().__init__()
+        self.constants = {"alpha": alpha, "weight": 1.0, "bias": 0.0}
+        self.alpha = nn.Parameter(torch.tensor([alpha]))
+        self.weight = nn.Parameter(torch.ones(d))
+        self.bias = nn.Parameter(torch.zeros(d))
+
+    def forward(self, x: Float[Tensor, "*b d"], p: Pass) -> Float[Tensor, "*b d"]:
+        return torch.tanh(self.alpha * x) * self.weight + self.bias
+
+
+@part
+class NoNorm(Norm):
+    """Leave the vector as it is."""
+
+    def build(self, d: int) -> NoNormLayer:
+        return NoNormLayer()
+
+
+class NoNormLayer(NormLayer):
+    """``y = x``."""
+
+    def forward(self, x: Float[Tensor, "*b d"], p: Pass) -> Float[Tensor, "*b d"]:
+        return x

@@ -1,0 +1,417 @@
+"""Positions: how a transformer, which without them is permutation-equivariant, learns of order.
+
+Three ways, one interface; whatever a position part does not do is the identity:
+
+    added    Sinusoidal, Learned     x + table[position], once, at the embedding
+    rotated  Rotary                  q and k turned by angles that grow with position
+    biased   ALiBi, T5Buckets        a number per head and distance added to the scores
+
+    embedding ──► position.add ──► stream ──► block ──► q, k ──► position.rotate ──► scores ──► + position.bias
+
+A position part stands in ``Decoder(position=…)`` (added, or a bias that all layers share) or in
+``Attention(position=…)`` (rotated, or a bias of the layer's own).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from glassformer.core.errors import InputError, SpecError
+from glassformer.core.spec import Spec, part
+
+
+class Position(Spec):
+    """A way to tell order."""
+
+    def build(self, d_model: int, n_heads: int, d_head: int) -> PositionLayer:
+        """The module for streams of width ``d_model`` and heads of size ``d_head``."""
+        raise NotImplementedError
+
+    @property
+    def rotates(self) -> bool:
+        """Whether queries and keys change."""
+        return False
+
+    @property
+    def biases(self) -> bool:
+        """Whether scores change."""
+        return False
+
+    @property
+    def adds(self) -> bool:
+        """Whether the embedding changes."""
+        return False
+
+
+class PositionLayer(nn.Module):
+    """The null position: adds nothing, turns nothing, biases nothing."""
+
+    key: str | None = "none"
+    """Equal keys mean equal tables, so that layers share them within a pass; None means never shared."""
+
+    def add(self, positions: Tensor, x: Tensor) -> Tensor | None:
+        """What is added to the embedding, [t d] or [b t d]; None for nothing."""
+        return None
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines for :meth:`rotate`; None for nothing."""
+        return None
+
+    def rotate(self, x: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Queries or keys [b t h k], turned."""
+        return x
+
+    def bias(self, q_index: Tensor, k_index: Tensor) -> Tensor | None:
+        """A bias [1|b, h, t, s] on the scores; None for nothing."""
+        return None
+
+
+@part
+class NoPosition(Position):
+    """No positions at all (in a causal model order still shows through the mask, arXiv 2203.16634)."""
+
+    def build(self, d_model: int, n_heads: int, d_head: int) -> PositionLayer:
+        return PositionLayer()
+
+
+# Added
+
+
+@part
+class Sinusoidal(Position):
+    """Fixed sines and cosines of geometrically spaced wavelengths (arXiv 1706.03762, section 3.5).
+
+    ``layout``: ``"interleaved"`` puts sine and cosine of a frequency side by side (the paper),
+    ``"halves"`` all sines first (tensor2tensor, Marian).
+    """
+
+    base: float = 10_000.0
+    layout: str = "interleaved"
+
+    def __post_init__(self) -> None:
+        _check_layout("Sinusoidal", self.layout)
+
+    @property
+    def adds(self) -> bool:
+        return True
+
+    def build(self, d_model: int, n_heads: int, d_head: int) -> SinusoidalLayer:
+        return SinusoidalLayer(self, d_model)
+
+
+class SinusoidalLayer(PositionLayer):
+    """``pe[p, 2i] = sin(p / base^(2i/d))``, ``pe[p, 2i+1] = cos(p / base^(2i/d))``."""
+
+    def __init__(self, spec: Sinusoidal, d: int):
+        super().__init__()
+        self.spec, self.d = spec, d
+
+    def add(self, positions: Tensor, x: Tensor) -> Tensor:
+        rates = self.spec.base ** (-torch.arange(0, self.d, 2, device=x.device, dtype=torch.float32) / self.d)
+        angles = positions[..., None].float() * rates
+        if self.spec.layout == "halves":
+            return torch.cat([angles.sin(), angles.cos()[..., : self.d // 2]], -1).to(x.dtype)
+        return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)[..., : self.d].to(x.dtype)
+
+
+@part
+class Learned(Position):
+    """A learned vector per position (arXiv 1705.03122; GPT-2, BERT). ``offset`` rows stand before position 0 (OPT: 2)."""
+
+    max_positions: int
+    offset: int = 0
+
+    @property
+    def adds(self) -> bool:
+        return True
+
+    def build(self, d_model: int, n_heads: int, d_head: int) -> LearnedLayer:
+        return LearnedLayer(self, d_model)
+
+
+class LearnedLayer(PositionLayer):
+    """``table[offset + position]``; the table is [max_positions + offset, d]."""
+
+    def __init__(self, spec: Learned, d: int):
+        super().__init__()
+        self.spec = spec
+        self.table = nn.Parameter(torch.empty(spec.max_positions + spec.offset, d))
+
+    def add(self, positions: Tensor, x: Tensor) -> Tensor:
+        return self.table[positions + self.spec.offset]
+
+    def check(self, last: int) -> None:
+        """Raise :class:`InputError` if a position lies beyond the table."""
+        if last >= self.spec.max_positions:
+            raise InputError(
+                f"This model has learned {self.spec.max_positions} positions, but position {last} was asked for: "
+                f"shorten the text to {self.spec.max_positions} tokens."
+            )
+
+
+# Rotated
+
+
+class RopeScaling(Spec):
+    """A change of RoPE's frequencies that stretches a trained context."""
+
+    def frequencies(self, base: float, dim: int) -> Tensor:
+        """Radians per position, [dim / 2]."""
+        raise NotImplementedError
+
+    @property
+    def magnitude(self) -> float:
+        """A factor on the rotated queries and keys."""
+        return 1.0
+
+
+def _plain_frequencies(base: float, dim: int) -> Tensor:
+    return 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+
+
+@part
+class Unscaled(RopeScaling):
+    """``f_i = base^(-2i/dim)`` (arXiv 2104.09864)."""
+
+    def frequencies(self, base: float, dim: int) -> Tensor:
+        return _plain_frequencies(base, dim)
+
+
+@part
+class LinearScaling(RopeScaling):
+    """Position interpolation: all frequencies divided by ``factor`` (arXiv 2306.15595)."""
+
+    factor: float
+
+    def frequencies(self, base: float, dim: int) -> Tensor:
+        return _plain_frequencies(base, dim) / self.factor
+
+
+@part
+class NTKScaling(RopeScaling):
+    """The base grows so that the slowest frequency is divided by ``factor`` and the fastest stays: ``base * factor^(dim / (dim - 2))``."""
+
+    factor: float
+
+    def frequencies(self, base: float, dim: int) -> Tensor:
+        return _plain_frequencies(base * self.factor ** (dim / (dim - 2)), dim)
+
+
+@part
+class YaRNScaling(RopeScaling):
+    """Interpolate slow frequencies, keep fast ones, blend between (YaRN, arXiv 2309.00071).
+
+    A frequency that turns more than ``beta_fast`` times within the original context is kept, one
+    that turns less than ``beta_slow`` times is divided by ``factor``, linear in the index between.
+    ``attention_factor`` scales q and k (None: ``0.1 ln(factor) + 1``).
+    """
+
+    factor: float
+    original_context: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def frequencies(self, base: float, dim: int) -> Tensor:
+        def index_of(turns: float) -> float:
+            return dim * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+        low, high = index_of(self.beta_fast), index_of(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+        plain = _plain_frequencies(base, dim)
+        return plain / self.factor * ramp + plain * (1 - ramp)
+
+    @property
+    def magnitude(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+
+@part
+class Llama3Scaling(RopeScaling):
+    """Long wavelengths divided by ``factor``, short ones kept, a smooth blend between (Llama 3.1, arXiv 2407.21783)."""
+
+    factor: float = 8.0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_context: int = 8_192
+
+    def frequencies(self, base: float, dim: int) -> Tensor:
+        plain = _plain_frequencies(base, dim)
+        wavelength = 2 * math.pi / plain
+        smooth = (self.original_context / wavelength - self.low_frequency_factor) / (self.high_frequency_factor - self.low_frequency_factor)
+        smooth = smooth.clamp(0, 1)
+        return (1 - smooth) * plain / self.factor + smooth * plain
+
+
+@part
+class Rotary(Position):
+    """Rotary position embedding: pairs of features turn by ``position * frequency`` (RoFormer, arXiv 2104.09864).
+
+    A score then depends on positions only through their difference (up to rounding).
+    ``fraction`` of each head turns (NeoX 0.25). ``layout``: ``"half"`` pairs feature ``i`` with
+    ``i + dim/2`` (Llama, NeoX), ``"interleaved"`` pairs ``2i`` with ``2i + 1`` (the paper, GPT-J).
+    """
+
+    base: float = 10_000.0
+    fraction: float = 1.0
+    layout: str = "half"
+    scaling: RopeScaling = Unscaled()
+
+    def __post_init__(self) -> None:
+        if self.layout not in ("half", "interleaved"):
+            raise SpecError(f"Rotary(layout={self.layout!r}): layout is 'half' (Llama) or 'interleaved' (GPT-J).")
+        if not 0 < self.fraction <= 1:
+            raise SpecError(f"Rotary(fraction={self.fraction}): a fraction lies above 0 and is at most 1.")
+
+    @property
+    def rotates(self) -> bool:
+        return True
+
+    def build(self, d_model: int, n_heads: int, d_head: int) -> RotaryLayer:
+        return RotaryLayer(self, d_head)
+
+
+class RotaryLayer(PositionLayer):
+    """``(x1, x2) -> (x1 cos a - x2 sin a, x1 sin a + x2 cos a)`` with ``a = position * frequency``."""
+
+    def __init__(self, spec: Rotary, d_head: int):
+        super().__init__()
+        self.spec = spec
+        self.dim = int(d_head * spec.fraction)
+        if self.dim % 2 or self.dim == 0:
+            raise SpecError(f"Rotary turns pairs, but fraction {spec.fraction} of d_head {d_head} is {self.dim} features: choose an even number of them.")
+        self.d_head = d_head
+        self.key = f"{spec!r}:{d_head}"
+        # Computed on the processor and moved: the same bits on every device. Not a buffer: it
+        # follows from the Spec, so it is neither saved nor cast with the weights.
+        with torch.device("cpu"):
+            self._frequencies = {"cpu": spec.scaling.frequencies(spec.base, self.dim)}
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        """Radians per position, [dim / 2] in float32."""
+        name = str(device)
+        if name not in self._frequencies:
+            self._frequencies[name] = self._frequencies["cpu"].to(device)
+        return self._frequencies[name]
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        angles = positions[..., None].float() * self.frequencies(positions.device)
+        angles = torch.cat([angles, angles], -1) if self.spec.layout == "half" else angles.repeat_interleave(2, -1)
+        m = self.spec.scaling.magnitude
+        return angles.cos() * m, angles.sin() * m
+
+    def rotate(self, x: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
+        assert tables is not None
+        cos, sin = (t[..., None, :].to(x.dtype) for t in tables)  # [t 1 dim] or [b t 1 dim]
+        turned, rest = (x, None) if self.dim == self.d_head else (x[..., : self.dim], x[..., self.dim :])
+        turned = turned * cos + self._quarter(turned) * sin
+        return turned if rest is None else torch.cat([turned, rest], -1)
+
+    def _quarter(self, x: Tensor) -> Tensor:
+        """Every pair turned by a quarter: (x1, x2) -> (-x2, x1)."""
+        if self.spec.layout == "half":
+            x1, x2 = x.chunk(2, -1)
+            return torch.cat([-x2, x1], -1)
+        return torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+
+
+# Biased
+
+
+@part
+class ALiBi(Position):
+    """A penalty proportional to distance, with a fixed slope per head (arXiv 2108.12409)."""
+
+    @property
+    def biases(self) -> bool:
+        return True
+
+    def build(self, d_model: int, n_heads: int, d_head: int) -> ALiBiLayer:
+        return ALiBiLayer(n_heads)
+
+
+class ALiBiLayer(PositionLayer):
+    """``bias[h, q, s] = -slope_h * |q - s|``; slopes ``2^(-8 i / n)`` for a power of two of heads, interleaved otherwise."""
+
+    def __init__(self, n_heads: int):
+        super().__init__()
+        self.n_heads = n_heads
+        self.key = f"alibi:{n_heads}"
+
+    def slopes(self) -> list[float]:
+        """One slope per head."""
+
+        def power_of_two(n: int) -> list[float]:
+            return [2.0 ** (-8.0 * (i + 1) / n) for i in range(n)]
+
+        n = 2 ** int(math.log2(self.n_heads))
+        return power_of_two(n) + power_of_two(2 * n)[0::2][: self.n_heads - n]
+
+    def bias(self, q_index: Tensor, k_index: Tensor) -> Tensor:
+        slopes = torch.tensor(self.slopes(), device=q_index.device)[:, None, None]
+        return -slopes * _distance(q_index, k_index)[:, None].abs().float()
+
+
+@part
+class T5Buckets(Position):
+    """A learned bias per head and bucket of distance; near distances have buckets of their own, far ones share (T5, arXiv 1910.10683)."""
+
+    buckets: int = 32
+    max_distance: int = 128
+    bidirectional: bool = True
+
+    @property
+    def biases(self) -> bool:
+        return True
+
+    def build(self, d_model: int, n_heads: int, d_head: int) -> T5BucketsLayer:
+        return T5BucketsLayer(self, n_heads)
+
+
+class T5BucketsLayer(PositionLayer):
+    """``bias[h, q, s] = table[bucket(s - q), h]``; exact below half the buckets, logarithmic up to ``max_distance``."""
+
+    def __init__(self, spec: T5Buckets, n_heads: int):
+        super().__init__()
+        self.spec = spec
+        self.table = nn.Parameter(torch.empty(spec.buckets, n_heads))
+        # Never shared between layers: the table is this layer's own, and a gradient must find the
+        # look-up inside the layer that did it (activation checkpointing computes it again there).
+        self.key = None
+
+    def bucket(self, offset: Tensor) -> Tensor:
+        """The bucket of ``s - q``."""
+        n, base = self.spec.buckets, torch.zeros_like(offset)
+        if self.spec.bidirectional:
+            n //= 2
+            base = (offset > 0).long() * n
+            distance = offset.abs()
+        else:
+            distance = (-offset).clamp(min=0)
+        exact = n // 2
+        far = exact + (torch.log(distance.float().clamp(min=1) / exact) / math.log(self.spec.max_distance / exact) * (n - exact)).long()
+        return base + torch.where(distance < exact, distance, far.clamp(max=n - 1))
+
+    def bias(self, q_index: Tensor, k_index: Tensor) -> Tensor:
+        return self.table[self.bucket(-_distance(q_index, k_index))].movedim(-1, 1)
+
+
+def _distance(q_index: Tensor, k_index: Tensor) -> Tensor:
+    """``q - s`` for every query and key place, [1|b, t, s]."""
+    q = q_index if q_index.ndim == 2 else q_index[None]
+    s = k_index if k_index.ndim == 2 else k_index[None]
+    return q[:, :, None] - s[:, None, :]
+
+
+def _check_layout(name: str, layout: str) -> None:
+    if layout not in ("interleaved", "halves"):
+        raise SpecError(f"{name}(layout={layout!r}): layout is 'interleaved' (the paper) or 'halves' (tensor2tensor).")

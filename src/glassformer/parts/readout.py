@@ -1,0 +1,257 @@
+"""Read-outs: from the last stream to what the task asks for.
+
+LanguageModel   every position ──► scores over the vocabulary    b t v
+Tagger          every position ──► scores over tags              b t v
+Classifier      one pooled position ──► scores over classes      b v
+Vector          one pooled position ──► a vector                 b d
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from glassformer.core.flow import Pass
+from glassformer.core.sites import LOGITS, Site
+from glassformer.core.spec import Spec, part
+
+from .embed import EmbeddingLayer, Scale, Unit
+from .feedforward import activation
+from .norm import NoNorm, Norm
+
+CLASS_LOGITS = Site("logits", "b v", "scores over the classes before soft-max")
+VECTOR = Site("logits", "b d", "the pooled vector")
+
+
+class ReadOut(Spec):
+    """What the model's last stream is turned into."""
+
+    def build(self, d: int, embed: EmbeddingLayer, tied: bool) -> ReadOutLayer:
+        """The module; ``tied`` shares the embedding's table where there is one to share."""
+        raise NotImplementedError
+
+
+class ReadOutLayer(nn.Module):
+    """Base of all read-outs: [b t d] -> ``SITES[0].axes``."""
+
+    SITES: tuple[Site, ...] = (LOGITS,)
+
+
+class Transform(Spec):
+    """A map before the vocabulary (see :class:`Dense`)."""
+
+    def build(self, d: int) -> nn.Module:
+        """The module for width ``d``."""
+        raise NotImplementedError
+
+
+@part
+class Dense(Transform):
+    """``norm(act(W h + b))``: BERT's masked-token head (arXiv 1810.04805)."""
+
+    act: str = "gelu"
+    norm: Norm = NoNorm()
+
+    def build(self, d: int) -> DenseLayer:
+        return DenseLayer(self, d)
+
+
+class DenseLayer(nn.Module):
+    """``norm(act(W h + b))``; [.. d] -> [.. d]."""
+
+    def __init__(self, spec: Dense, d: int):
+        super().__init__()
+        self.act = activation(spec.act)
+        self.linear = nn.Linear(d, d)
+        self.norm = spec.norm.build(d)
+
+    def forward(self, x: Tensor, p: Pass) -> Tensor:
+        y: Tensor = self.norm(self.act(self.linear(x)), p.at("norm"))
+        return y
+
+
+@part
+class States(ReadOut):
+    """The stream itself: an encoder whose output another part reads."""
+
+    def build(self, d: int, embed: EmbeddingLayer, tied: bool) -> StatesLayer:
+        return StatesLayer()
+
+
+class StatesLayer(ReadOutLayer):
+    """The identity; [b t d] -> [b t d]."""
+
+    SITES = ()
+
+    def forward(self, h: Float[Tensor, "b t d"], p: Pass) -> Float[Tensor, "b t d"]:
+        return h
+
+
+# Over the vocabulary
+
+
+@part
+class LanguageModel(ReadOut):
+    """Scores over the vocabulary: ``cap(scale * h W^T + b)``, after an optional transform of ``h`` (BERT: linear, activation, norm).
+
+    ``scale`` multiplies ``h`` (T5's tied read-out: ``InverseSqrtWidth()``); ``cap`` is Gemma 2's ``c tanh(l / c)``.
+    """
+
+    bias: bool = False
+    scale: Scale = Unit()
+    cap: float | None = None
+    transform: Transform | None = None
+
+    def build(self, d: int, embed: EmbeddingLayer, tied: bool) -> LanguageModelLayer:
+        return LanguageModelLayer(self, d, embed, tied)
+
+
+class LanguageModelLayer(ReadOutLayer):
+    """``logits = cap(scale * transform(h) W^T + b)``; [b t d] -> [b t v]."""
+
+    def __init__(self, spec: LanguageModel, d: int, embed: EmbeddingLayer, tied: bool):
+        super().__init__()
+        self.spec, self.tied = spec, tied
+        self.factor = spec.scale.factor(d)
+        self.transform = None if spec.transform is None else spec.transform.build(d)
+        # A tied table belongs to the embedding; a tuple keeps torch from registering it twice.
+        self._embed = (embed,)
+        if not tied:
+            self.matrix = nn.Parameter(torch.empty(embed.vocab_size, d))
+        self.bias = nn.Parameter(torch.zeros(embed.vocab_size)) if spec.bias else None
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix [v d] (the embedding's own if tied)."""
+        return self._embed[0].weight if self.tied else self.matrix
+
+    def forward(self, h: Float[Tensor, "b t d"], p: Pass) -> Float[Tensor, "b t v"]:
+        if self.transform is not None:
+            h = self.transform(h, p.at("readout").at("transform"))
+        if self.factor != 1.0:
+            h = h * self.factor
+        logits = F.linear(h, self.weight, self.bias)
+        if self.spec.cap is not None:
+            logits = self.spec.cap * torch.tanh(logits / self.spec.cap)
+        return p.see(LOGITS, logits)
+
+
+# Over classes
+
+
+@part
+class Tagger(ReadOut):
+    """A class for every token: ``h W^T + b``."""
+
+    n_classes: int
+    dropout: float = 0.0
+
+    def build(self, d: int, embed: EmbeddingLayer, tied: bool) -> TaggerLayer:
+        return TaggerLayer(self, d)
+
+
+class TaggerLayer(ReadOutLayer):
+    """``logits = h W^T + b``; [b t d] -> [b t v]."""
+
+    def __init__(self, spec: Tagger, d: int):
+        super().__init__()
+        self.spec = spec
+        self.linear = nn.Linear(d, spec.n_classes)
+
+    def forward(self, h: Float[Tensor, "b t d"], p: Pass) -> Float[Tensor, "b t v"]:
+        return p.see(LOGITS, self.linear(F.dropout(h, self.spec.dropout, self.training)))
+
+
+class Pool(Spec):
+    """How the positions of a row become one vector."""
+
+    def pool(self, h: Tensor, lengths: Tensor | None) -> Tensor:
+        """[b t d] -> [b d]; positions beyond ``lengths`` do not count."""
+        raise NotImplementedError
+
+
+@part
+class First(Pool):
+    """The first position's vector (BERT's ``[CLS]``)."""
+
+    def pool(self, h: Tensor, lengths: Tensor | None) -> Tensor:
+        return h[:, 0]
+
+
+@part
+class Last(Pool):
+    """The last real position's vector: in a causal model the only one that has seen the whole text."""
+
+    def pool(self, h: Tensor, lengths: Tensor | None) -> Tensor:
+        return h[:, -1] if lengths is None else h[torch.arange(h.shape[0], device=h.device), lengths - 1]
+
+
+@part
+class Mean(Pool):
+    """The mean over real positions."""
+
+    def pool(self, h: Tensor, lengths: Tensor | None) -> Tensor:
+        if lengths is None:
+            return h.mean(1)
+        real = (torch.arange(h.shape[1], device=h.device)[None] < lengths[:, None])[..., None].to(h.dtype)
+        return (h * real).sum(1) / real.sum(1)
+
+
+@part
+class Classifier(ReadOut):
+    """A class for the whole text: pool, optional transform (BERT's pooler: ``Dense("tanh")``), linear."""
+
+    n_classes: int
+    pool: Pool = First()
+    transform: Transform | None = None
+    dropout: float = 0.0
+
+    def build(self, d: int, embed: EmbeddingLayer, tied: bool) -> ClassifierLayer:
+        return ClassifierLayer(self, d)
+
+
+class ClassifierLayer(ReadOutLayer):
+    """``logits = transform(pool(h)) W^T + b``; [b t d] -> [b v]."""
+
+    SITES = (CLASS_LOGITS,)
+
+    def __init__(self, spec: Classifier, d: int):
+        super().__init__()
+        self.spec = spec
+        self.transform = None if spec.transform is None else spec.transform.build(d)
+        self.linear = nn.Linear(d, spec.n_classes)
+
+    def forward(self, h: Float[Tensor, "b t d"], p: Pass) -> Float[Tensor, "b v"]:
+        y = self.spec.pool.pool(h, p.lengths)
+        y = y if self.transform is None else self.transform(y, p.at("readout").at("transform"))
+        return p.see(CLASS_LOGITS, self.linear(F.dropout(y, self.spec.dropout, self.training)))
+
+
+@part
+class Vector(ReadOut):
+    """One vector for the whole text: pool, optional transform, optionally scaled to length one."""
+
+    pool: Pool = Mean()
+    transform: Transform | None = None
+    normalise: bool = False
+
+    def build(self, d: int, embed: EmbeddingLayer, tied: bool) -> VectorLayer:
+        return VectorLayer(self, d)
+
+
+class VectorLayer(ReadOutLayer):
+    """``v = transform(pool(h))``, divided by its length if ``normalise``; [b t d] -> [b d]."""
+
+    SITES = (VECTOR,)
+
+    def __init__(self, spec: Vector, d: int):
+        super().__init__()
+        self.spec = spec
+        self.transform = None if spec.transform is None else spec.transform.build(d)
+
+    def forward(self, h: Float[Tensor, "b t d"], p: Pass) -> Float[Tensor, "b d"]:
+        y = self.spec.pool.pool(h, p.lengths)
+        y = y if self.transform is None else self.transform(y, p.at("readout").at("transform"))
+        return p.see(VECTOR, F.normalize(y, dim=-1) if self.spec.normalise else y)

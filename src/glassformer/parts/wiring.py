@@ -1,0 +1,147 @@
+"""Wiring: where the norms stand and how sublayers join the stream.
+
+pre-norm    x ─┬─► norm ─► f ─► + ─►          the stream itself is never normalised (arXiv 2002.04745)
+               └────────────────┘
+post-norm   x ─┬─► f ─► + ─► norm ─►          the 2017 transformer, BERT (arXiv 1706.03762)
+               └────────┘
+sandwich    x ─┬─► norm ─► f ─► norm ─► + ─►  Gemma 2 (arXiv 2105.13290, 2408.00118)
+               └────────────────────────┘
+parallel    x ─┬─► norm ─► attention ───┐
+               ├─► norm ─► feed-forward ┴► + ─►   GPT-J, NeoX, PaLM (arXiv 2204.02311)
+               └────────────────────────┘
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from glassformer.core import sites
+from glassformer.core.errors import SpecError
+from glassformer.core.flow import Pass
+from glassformer.core.sites import Site
+from glassformer.core.spec import Spec, part
+
+from .norm import NoNorm, Norm
+
+
+class Wiring(Spec):
+    """How a block's sublayers are joined."""
+
+    def build(self, sublayers: dict[str, nn.Module], norm: Norm, d: int, dropout: float) -> BlockLayer:
+        """The block: ``sublayers`` in order (attn, cross, ffn or experts) around a stream of width ``d``."""
+        raise NotImplementedError
+
+
+_NORMS = {"attn": "norm1", "cross": "norm_cross", "ffn": "norm2", "experts": "norm2"}
+_AFTER = {"attn": sites.RESID_MID, "cross": sites.RESID_MID_CROSS, "ffn": sites.RESID_POST, "experts": sites.RESID_POST}
+
+
+class BlockLayer(nn.Module):
+    """Base of all blocks: sublayers by name, in ``order``; [b t d] -> [b t d]."""
+
+    def __init__(self, sublayers: dict[str, nn.Module], dropout: float):
+        super().__init__()
+        self.order = tuple(sublayers)
+        self.rate = dropout
+        for name, sublayer in sublayers.items():
+            self.add_module(name, sublayer)
+        self.SITES: tuple[Site, ...] = (sites.RESID_PRE, *(_AFTER[n] for n in self.order))
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Dropout on what a sublayer adds, in training."""
+        return F.dropout(x, self.rate) if self.training and self.rate else x
+
+
+@part
+class PreNorm(Wiring):
+    """``x + f(norm(x))``."""
+
+    def build(self, sublayers: dict[str, nn.Module], norm: Norm, d: int, dropout: float) -> BlockLayer:
+        return SequentialBlock(sublayers, norm, NoNorm(), NoNorm(), d, dropout)
+
+
+@part
+class PostNorm(Wiring):
+    """``norm(x + f(x))``."""
+
+    def build(self, sublayers: dict[str, nn.Module], norm: Norm, d: int, dropout: float) -> BlockLayer:
+        return SequentialBlock(sublayers, NoNorm(), NoNorm(), norm, d, dropout)
+
+
+@part
+class Sandwich(Wiring):
+    """``x + norm_post(f(norm(x)))``."""
+
+    def build(self, sublayers: dict[str, nn.Module], norm: Norm, d: int, dropout: float) -> BlockLayer:
+        return SequentialBlock(sublayers, norm, norm, NoNorm(), d, dropout)
+
+
+class SequentialBlock(BlockLayer):
+    """``x = after(x + out(f(before(x))))`` for each sublayer; unused norms are the identity.
+
+    Names: ``norm1``, ``norm_cross``, ``norm2`` for the one norm of pre- and post-norm; a sandwich's
+    second is ``norm1_post``…
+    """
+
+    def __init__(self, sublayers: dict[str, nn.Module], before: Norm, out: Norm, after: Norm, d: int, dropout: float):
+        super().__init__(sublayers, dropout)
+        steps = []
+        for name in self.order:
+            used = []
+            for role, norm in (("", before), ("_post", out), ("", after)):
+                used.append("" if isinstance(norm, NoNorm) else _NORMS[name] + role)
+                if used[-1]:
+                    self.add_module(used[-1], norm.build(d))
+            steps.append((name, *used))
+        self.steps = tuple(steps)
+
+    def forward(self, x: Float[Tensor, "b t d"], p: Pass) -> Float[Tensor, "b t d"]:
+        x = p.see(sites.RESID_PRE, x)
+        for name, before, out, after in self.steps:
+            y = self._normed(before, x, p)
+            y = getattr(self, name)(y, p.at(name))
+            x = self._normed(after, x + self.drop(self._normed(out, y, p)), p)
+            x = p.see(_AFTER[name], x)
+        return x
+
+    def _normed(self, name: str, x: Tensor, p: Pass) -> Tensor:
+        return getattr(self, name)(x, p.at(name)) if name else x
+
+
+@part
+class Parallel(Wiring):
+    """``x + attention(norm(x)) + feedforward(norm(x))``; with ``norms=1`` both read the same norm (GPT-J), with 2 each its own (NeoX)."""
+
+    norms: int = 1
+
+    def __post_init__(self) -> None:
+        if self.norms not in (1, 2):
+            raise SpecError(f"Parallel(norms={self.norms}): one norm for both branches, or two.")
+
+    def build(self, sublayers: dict[str, nn.Module], norm: Norm, d: int, dropout: float) -> BlockLayer:
+        if "cross" in sublayers:
+            raise SpecError("Parallel wiring has attention and feed-forward side by side and no place for cross-attention: use PreNorm or PostNorm.")
+        return ParallelBlock(sublayers, norm, d, dropout, self.norms)
+
+
+class ParallelBlock(BlockLayer):
+    """Both sublayers read the stream as it enters; there is no ``resid_mid``."""
+
+    def __init__(self, sublayers: dict[str, nn.Module], norm: Norm, d: int, dropout: float, norms: int):
+        super().__init__(sublayers, dropout)
+        self.SITES = (sites.RESID_PRE, sites.RESID_POST)
+        self.norm1 = norm.build(d)
+        self.steps = ((self.order[0], "norm1"), (self.order[1], "norm1" if norms == 1 else "norm2"))
+        if norms == 2:
+            self.norm2 = norm.build(d)
+
+    def forward(self, x: Float[Tensor, "b t d"], p: Pass) -> Float[Tensor, "b t d"]:
+        x = p.see(sites.RESID_PRE, x)
+        (attn, first), (ffn, second) = self.steps
+        y = getattr(self, first)(x, p.at(first))
+        a = getattr(self, attn)(y, p.at(attn))
+        y = y if second == first else getattr(self, second)(x, p.at(second))
+        f = getattr(self, ffn)(y, p.at(ffn))
+        return p.see(sites.RESID_POST, x + self.drop(a) + self.drop(f))

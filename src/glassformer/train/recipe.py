@@ -1,0 +1,204 @@
+"""A recipe: everything that decides a run, in one Spec.
+
+    recipe = Recipe(
+        model=preset("tiny"),
+        data="books/",                                   a file, a folder, several, or a text of the package
+        tokenizer=TrainTokenizer("bpe", vocab_size=4_096),
+        optimizer=Muon(), schedule=Cosine(), seconds=100,
+    )
+    trainer = recipe.trainer("runs/books")
+    trainer.run()
+
+    text ──► tokenizer ──► shards ──► training part ──► Trainer ──► runs/books
+                                 └──► validation part ──┘
+
+The run folder keeps the recipe itself (``recipe.yaml``), so that the run can be repeated and resumed from it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+from torch import nn
+
+from ..core.errors import CheckpointError, DataError, SpecError, TokenizerError, did_you_mean
+from ..core.spec import Spec, part
+from ..infer import generate
+from ..models import Decoder
+from ..tasks import NextToken, Task
+from . import data as text_data
+from .data import TokenData
+from .loop import Trainer
+from .optimise import AdamW, Optimizer
+from .run import FILE as RUN
+from .schedule import Cosine, Schedule
+
+if TYPE_CHECKING:
+    from ..text import Tokenizer
+
+RECIPE, SHARDS = "recipe.yaml", "data"
+SAMPLE_TOKENS = 160
+
+
+class TokenizerChoice(Spec):
+    """Base: where the tokenizer of a run comes from."""
+
+    @abstractmethod
+    def make(self, texts: Callable[[], list[str]]) -> Tokenizer:
+        """The tokenizer; ``texts()`` reads the documents of the run."""
+
+
+@part
+class TrainTokenizer(TokenizerChoice):
+    """Train one on the text of the run. ``kind``: ``"bpe"``, ``"unigram"``, ``"wordpiece"``, ``"bytes"``, ``"characters"``, ``"words"``;
+    ``vocab_size``: with the special tokens (None: as the kind has it); ``special``: tokens that stand for themselves."""
+
+    kind: str = "bpe"
+    vocab_size: int | None = None
+    special: tuple[str, ...] = ()
+
+    def make(self, texts: Callable[[], list[str]]) -> Tokenizer:
+        from .. import text
+
+        return text.train(self.kind, texts=texts(), vocab_size=self.vocab_size, special=self.special)
+
+
+@part
+class LoadTokenizer(TokenizerChoice):
+    """One that was trained before: a ``tokenizer.json`` or a folder with one."""
+
+    path: str
+
+    def make(self, texts: Callable[[], list[str]]) -> Tokenizer:
+        from ..text import Tokenizer
+
+        if not Path(self.path).exists():
+            raise TokenizerError(f"There is no tokenizer at {self.path!r}: give a tokenizer.json, a folder with one, or TrainTokenizer('bpe', 4096).")
+        return Tokenizer.load(self.path)
+
+
+@part
+class Recipe(Spec):
+    """Everything that decides a run.
+
+    ``model``'s vocabulary is set to the tokenizer's when the run starts. ``validation``: the share of the text, from its end, that
+    is not learnt from (0: none). ``sample``: a prompt that is continued ten times in the run, to see it learn. Budget: ``steps`` or ``seconds``,
+    whichever ends first. The other fields are those of :class:`~glassformer.train.loop.Trainer`.
+    """
+
+    model: Decoder
+    data: str | tuple[str, ...] = "tinyshakespeare"
+    tokenizer: TokenizerChoice = TrainTokenizer("characters")
+    task: Task = NextToken()
+    optimizer: Optimizer = AdamW()
+    schedule: Schedule = Cosine()
+    steps: int | None = None
+    seconds: float | None = None
+    batch: int = 32
+    context: int = 128
+    accumulate: int = 1
+    documents: bool = False
+    validation: float = 0.1
+    clip: float | None = 1.0
+    dtype: str = "auto"
+    compile: bool | str = "auto"
+    seed: int = 0
+    evaluate_every: int | None = None
+    evaluate_windows: int = 200
+    sample: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.seconds is None:
+            raise SpecError("A recipe needs a budget: steps=2000, seconds=100, or both.")
+        if not 0 <= self.validation < 1:
+            raise SpecError(f"validation is a share of the text, from 0 up to but not including 1; {self.validation} was given.")
+
+    def trainer(self, folder: str | Path, *, device: str | None = None, resume: bool = False, progress: bool | None = None) -> Trainer:
+        """Prepare the text and build the model; the run is kept in ``folder``. Raises what these steps raise."""
+        folder = Path(folder)
+        _check_folder(folder, resume)
+        data = self.prepare(folder / SHARDS)
+        train, validation = data.split(self.validation) if self.validation else (data, None)
+        assert data.tokenizer is not None  # prepare gave it one
+        tokenizer = data.tokenizer
+        model = self.model.replace(vocab_size=tokenizer.vocab_size).build(device=device, seed=self.seed)
+        trainer = Trainer(
+            model,
+            self.task,
+            train,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            steps=self.steps,
+            seconds=self.seconds,
+            batch=self.batch,
+            context=self.context,
+            accumulate=self.accumulate,
+            documents=self.documents,
+            clip=self.clip,
+            dtype=self.dtype,
+            compile=self.compile,
+            seed=self.seed,
+            folder=folder,
+            resume=resume,
+            validation=validation,
+            evaluate_every=self.evaluate_every,
+            evaluate_windows=self.evaluate_windows,
+            sample=None if self.sample is None else _sampler(tokenizer, self.sample),
+            tokenizer=tokenizer,
+            progress=progress,
+        )
+        kept = self.replace(data=tuple(str(p.resolve()) if (p := Path(d)).exists() else d for d in self.texts))
+        (folder / RECIPE).write_text(yaml.safe_dump(kept.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        return trainer
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The files and folders of the data, as written."""
+        return (self.data,) if isinstance(self.data, str) else self.data
+
+    def prepare(self, out: str | Path) -> TokenData:
+        """The text as token shards in ``out``; shards and a tokenizer that are already there are used again if the text is the same."""
+        paths, out = [find_text(name) for name in self.texts], Path(out)
+        if (out / "tokenizer.json").exists():
+            tokenizer = LoadTokenizer(str(out)).make(list)
+        else:
+            tokenizer = self.tokenizer.make(lambda: text_data.read_texts(paths))
+        return text_data.prepare(paths, tokenizer, out)
+
+
+def find_text(name: str) -> Path:
+    """A file or folder, or a text that comes with the package (``"tinyshakespeare"``). Raises :class:`DataError`."""
+    if Path(name).exists():
+        return Path(name)
+    known = built_in_texts()
+    if name not in known:
+        raise DataError(f"There is no file or folder {name!r}.{did_you_mean(name, known)} Texts that come with the package: {', '.join(known)}.")
+    return known[name]
+
+
+def built_in_texts() -> dict[str, Path]:
+    """The texts that come with the package, by name."""
+    return {p.name: p for p in sorted(Path(str(resources.files("glassformer"))).joinpath("data").iterdir()) if p.is_dir()}
+
+
+def _check_folder(folder: Path, resume: bool) -> None:
+    """Before anything is read or written: is this folder free, or a run to go on with?"""
+    if (folder / RUN).exists() and not resume:
+        raise CheckpointError(f"{folder} already holds a run: go on with it (--resume) or choose another folder (--out).")
+    if resume and not (folder / RUN).exists():
+        raise CheckpointError(f"There is no run to resume in {folder}: check the folder, or leave out --resume.")
+
+
+def _sampler(tokenizer: Tokenizer, prompt: str) -> Callable[[nn.Module], str]:
+    """A function that continues ``prompt``; the same seed each time, so that what changes is the model."""
+
+    def sample(model: nn.Module) -> str:
+        made = generate(model, prompt, tokenizer=tokenizer, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=40, seed=0)
+        return prompt + (made.text or "")
+
+    return sample

@@ -1,0 +1,102 @@
+"""A run's folder: who holds it, what the run is, where it can go on.
+
+run/
+  run.json          settings, decisions, the machine's matrix peak
+  checkpoints/      see checkpoint.py
+  model.safetensors, model.json, tokenizer.json     when the run is finished
+  metrics.jsonl, tensorboard/, loss.png             see log.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glassformer.core.errors import CheckpointError
+
+from . import checkpoint
+from .checkpoint import Checkpoint
+
+FILE = "run.json"
+
+
+class Run:
+    """The folder of a run, held by this process until :meth:`close`.
+
+    ``found``: the newest whole checkpoint when resuming (None: killed before the first). ``record``: what ``run.json``
+    says. ``notes``: what the user should know. Raises :class:`CheckpointError` if the folder holds a run and
+    ``resume`` is False, or holds none and it is True, or if every checkpoint is damaged.
+    """
+
+    def __init__(self, folder: str | Path, resume: bool = False, keep: int = 2):
+        self.folder, self.keep = Path(folder), keep
+        self.notes: list[str] = []
+        self.found: Checkpoint | None = None
+        self.record: dict[str, Any] = {}
+        if resume and not self._began():  # before anything is made there
+            raise CheckpointError(f"There is no run to resume in {self.folder}: check the folder, or leave out --resume.")
+        self._lock = checkpoint.lock(self.folder)
+        try:
+            if self._began() and not resume:
+                raise CheckpointError(f"{self.folder} already holds a run: go on with it (resume=True, --resume) or choose another folder.")
+            self.found, wrong = checkpoint.newest(self.folder)
+            if wrong and self.found is not None:
+                self.notes.append(f"{wrong[0]} Going on from the one before it, step {self.found.step}.")
+            if (self.folder / FILE).exists():
+                self.record = checkpoint.read_json(self.folder / FILE)
+        except BaseException:
+            self.close()
+            raise
+
+    def _began(self) -> bool:
+        return (self.folder / FILE).exists() or bool(checkpoint.list_steps(self.folder))
+
+    def write(self, **record: Any) -> None:
+        """Put entries into ``run.json``."""
+        self.record |= record
+        checkpoint.write_json(self.folder / FILE, self.record)
+
+    def save(self, step: int, write_model: Callable[[Path], object], optimiser: dict[str, torch.Tensor], state: dict[str, Any]) -> Path:
+        """Write a checkpoint (see :func:`checkpoint.save`)."""
+        return checkpoint.save(self.folder, step, write_model, optimiser, {**state, "made_with": made_with()}, keep=self.keep)
+
+    def is_empty(self) -> bool:
+        """Whether there is no checkpoint yet."""
+        return not checkpoint.list_steps(self.folder)
+
+    def publish(self, write_model: Callable[[Path], object]) -> None:
+        """Put the finished model's files into the folder itself."""
+        checkpoint.publish(self.folder, write_model)
+
+    def unpublish(self) -> None:
+        """Remove a finished model's files: the run goes on, and its checkpoints are newer."""
+        for name in ("model.json", checkpoint.MODEL, "tokenizer.json"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        self._lock.close()
+
+
+def check_settings(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise :class:`CheckpointError` naming every setting that differs between a checkpoint and its continuation."""
+    changed = [f"{name} was {saved.get(name)!r} and is {value!r}" for name, value in now.items() if saved.get(name) != checkpoint.plain(value)]
+    if changed:
+        shown = "; ".join(c if len(c) < 300 else c[:297] + "..." for c in changed)
+        raise CheckpointError(f"The checkpoint belongs to a run with other settings: {shown}. Use the same settings, or start in a new folder.")
+
+
+def made_with() -> dict[str, Any]:
+    """What the bits of a run depend on besides its settings."""
+    from glassformer import __version__
+
+    return {"glassformer": __version__, "torch": str(torch.__version__), "threads": torch.get_num_threads()}
+
+
+def versions_note(saved: dict[str, Any]) -> str | None:
+    """A sentence if a checkpoint was made under other conditions, so that the run cannot go on bit for bit."""
+    changed = ", ".join(f"{k} {saved.get(k)} -> {v}" for k, v in made_with().items() if v != saved.get(k))
+    return f"The checkpoint was made with other versions or threads ({changed}): the run goes on, but not bit for bit." if changed else None

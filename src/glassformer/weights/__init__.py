@@ -1,0 +1,5 @@
+"""Weights: how parameters arrive and leave."""
+
+from .own import Loaded, load, save
+
+__all__ = ["Loaded", "load", "save"]

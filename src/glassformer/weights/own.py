@@ -1,0 +1,155 @@
+"""Our own format: a folder of three files, nothing pickled.
+
+    model.json          the Spec, the version of the format, anything the caller adds
+    model.safetensors   every parameter once, under its own name
+    tokenizer.json      if the model has a tokenizer
+
+Loading is total: a tensor that no parameter claims, or a parameter that no tensor fills, is an
+error that names both. Tensors are memory-mapped and read when the model is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from glassformer.core.errors import SpecError, WeightsError, did_you_mean
+from glassformer.core.numerics import dtype_named
+from glassformer.core.spec import Spec
+from glassformer.models import EncoderDecoder, Transformer
+
+if TYPE_CHECKING:
+    from glassformer.text import Tokenizer
+
+FORMAT = 1
+
+
+class Loaded(NamedTuple):
+    """What a folder holds: the model (in evaluation mode), its tokenizer if there is one, what the writer added."""
+
+    model: Any
+    tokenizer: Tokenizer | None
+    extra: dict[str, Any]
+
+
+def save(model: Any, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None, extra: dict[str, Any] | None = None) -> Path:
+    """Write a model to ``folder`` (made if needed); each file appears whole or not at all.
+
+    Raises :class:`WeightsError` if the folder cannot be written.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {name: x.detach().to("cpu").contiguous() for name, x in model.named_parameters()}
+        _replace(path / "model.safetensors", lambda f: save_file(tensors, f, metadata={"format": "pt"}))
+        about = {"format": FORMAT, "spec": model.spec.to_dict(), "extra": extra or {}}
+        _replace(path / "model.json", lambda f: Path(f).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8"))
+        if tokenizer is not None:
+            tokenizer.save(path / "tokenizer.json")
+    except OSError as error:
+        raise WeightsError(
+            f"The model could not be written to {path}: {error.strerror or error}. "
+            "Free some space or choose another folder; what was there before is untouched."
+        ) from error
+    return path
+
+
+def load(folder: str | os.PathLike[str], device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Loaded:
+    """Open a folder written by :func:`save` (or a training run's folder). Raises :class:`WeightsError` saying what is missing or wrong."""
+    path = find(Path(folder))
+    about = _read_json(path / "model.json")
+    kind = about.get("spec", {}).get("type", "") if isinstance(about.get("spec"), dict) else ""
+    base: type[Spec] = EncoderDecoder if kind == "EncoderDecoder" else Transformer
+    try:
+        spec: Any = base.from_dict(about["spec"])
+    except (SpecError, KeyError) as error:
+        raise WeightsError(f"{path / 'model.json'} describes no model that this version can build: {error}") from error
+    model = spec.build(device="meta")
+    _fill(model, path / "model.safetensors", torch.device("cpu" if device is None else device), None if dtype is None else dtype_named(dtype))
+    if hasattr(model, "tie"):
+        model.tie()
+    tokenizer = None
+    if (path / "tokenizer.json").exists():
+        from glassformer.text import Tokenizer
+
+        tokenizer = Tokenizer.load(path / "tokenizer.json")
+    return Loaded(model.eval(), tokenizer, about.get("extra", {}))
+
+
+def find(path: Path) -> Path:
+    """The folder that holds the model: ``path`` itself, or the newest checkpoint of a run in progress."""
+    if (path / "model.json").exists():
+        return path
+    steps = sorted(p for p in path.glob("checkpoints/step-*") if (p / "model.json").exists() and (p / "model.safetensors").exists())
+    if steps:
+        return steps[-1]
+    if not path.exists():
+        raise WeightsError(f"There is no folder {path}: give the folder that 'glassformer train' wrote.")
+    raise WeightsError(f"{path} holds no glassformer model: model.json is missing. Give the folder that 'glassformer train' wrote.")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise WeightsError(f"{file} cannot be read as JSON ({error}): copy it again from where it came.") from error
+    if not isinstance(about, dict) or "spec" not in about:
+        raise WeightsError(f"{file} is JSON, but describes no model ('spec' is missing): is it the right file?")
+    if about.get("format", 0) > FORMAT:
+        raise WeightsError(f"{file} has format {about['format']}, but this version reads up to {FORMAT}: update glassformer.")
+    return about
+
+
+def _fill(model: Any, file: Path, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Give every parameter its tensor; shapes and names must agree exactly."""
+    parameters = dict(model.named_parameters())
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as tensors:
+            names = set(tensors.keys())
+            missing, left = sorted(parameters.keys() - names), sorted(names - parameters.keys())
+            if missing or left:
+                said = (
+                    f"the parameter {missing[0]!r} has no tensor.{did_you_mean(missing[0], left)}"
+                    if missing
+                    else f"the tensor {left[0]!r} has no parameter.{did_you_mean(left[0], parameters)}"
+                )
+                raise WeightsError(f"{file} does not fit its model.json ({len(missing)} missing, {len(left)} left over): {said}")
+            for name, parameter in parameters.items():
+                shape = tuple(tensors.get_slice(name).get_shape())
+                if shape != tuple(parameter.shape):
+                    raise WeightsError(
+                        f"{file}: {name!r} has shape {shape}, but the model needs {tuple(parameter.shape)}: the two files belong to different models."
+                    )
+                x = tensors.get_tensor(name)
+                _assign(model, name, x if dtype is None else x.to(dtype))
+    except FileNotFoundError as error:
+        raise WeightsError(f"{file} is missing: the folder holds a description but no parameters.") from error
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{file} is damaged or cut short ({error}): copy it again, or go back to an earlier checkpoint.") from error
+
+
+def _assign(model: Any, name: str, x: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(x, requires_grad=x.is_floating_point()))
+
+
+def _replace(file: Path, write: Any) -> None:
+    """Write under a temporary name beside ``file``, then rename."""
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    os.close(handle)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,279 @@
+"""The command line: what it prints, how it ends, and what it says to a user's mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import glassformer
+from glassformer.cli import app as cli
+
+SMALL = ["--set", "batch=2", "--set", "context=16", "--set", "model.d_model=16", "--set", "model.blocks.*.attention.n_heads=2", "--set", "evaluate_windows=2"]
+
+
+class Ended:
+    """One run of the command line."""
+
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run a command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GLASSFORMER_DEBUG", raising=False)
+
+    def command(*args: str | Path) -> Ended:
+        code = cli.main([str(a) for a in args])
+        return Ended(code, *capsys.readouterr())
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of three steps."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    assert cli.main(["train", "shakespeare_quick", "--steps", "3", "--out", str(folder), *SMALL]) == 0
+    return folder
+
+
+def fresh(*args: str) -> list[str]:
+    return [sys.executable, "-m", "glassformer", *args]
+
+
+# Starting
+
+
+def test_help_is_quick_because_it_imports_no_torch() -> None:
+    program = "import sys; from glassformer.cli.app import main; main(['--help']); print('MODULES', *sys.modules)"
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    help_text, modules = out.split("MODULES")
+    assert not {"torch", "numpy", "rich", "matplotlib", "tokenizers", "yaml"} & set(modules.split())
+    assert all(f"\n  {name}" in help_text for name in ("train", "generate", "evaluate", "look", "dimensions", "params", "tokenizer"))
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "look", "dimensions", "params", "tokenizer"])
+def test_every_command_explains_itself(run, command: str) -> None:
+    ended = run(command, "--help")
+    assert ended.code == 0
+    assert f"Usage: glassformer {command}" in ended.out
+
+
+def test_without_arguments_it_shows_the_help(run) -> None:
+    assert run().out == run("--help").out
+
+
+def test_version(run) -> None:
+    assert run("--version").out == f"glassformer {glassformer.__version__}\n"
+
+
+# Working
+
+
+def test_train_keeps_a_run_and_says_what_to_type_next(run, trained: Path) -> None:
+    assert {"model.safetensors", "model.json", "tokenizer.json", "recipe.yaml", "metrics.jsonl", "loss.png"} <= {p.name for p in trained.iterdir()}
+    ended = run("train", trained, "--resume", "--steps", "4")
+    assert ended.code == 0
+    assert "trained 4 steps" in ended.out
+    assert "on text it has not seen: loss" in ended.out
+    assert f"glassformer generate {trained}" in ended.out
+
+
+def test_train_takes_text_of_ones_own_and_a_free_folder(run, tmp_path: Path) -> None:
+    (tmp_path / "poem.txt").write_text("the car is red and the sky is blue\n" * 30)
+    for wanted in ("runs/shakespeare_quick", "runs/shakespeare_quick-2"):
+        ended = run("train", "shakespeare_quick", "--data", "poem.txt", "--steps", "1", *SMALL)
+        assert ended.code == 0
+        assert f"saved in {wanted} " in ended.out
+        assert (tmp_path / wanted / "model.safetensors").exists()
+    assert glassformer.load(tmp_path / wanted).model.spec.vocab_size == len(set("the car is red and the sky is blue\n"))
+
+
+def test_generate_streams_the_prompt_and_its_continuation(run, trained: Path) -> None:
+    ended = run("generate", trained, "ROMEO:", "--max-new-tokens", "12", "--seed", "3")
+    assert ended.code == 0
+    assert ended.out.startswith("ROMEO:")
+    assert len(ended.out) == len("ROMEO:") + 12 + 1
+    assert run("generate", trained, "ROMEO:", "-n", "12", "--seed", "3").out == ended.out
+
+
+def test_generate_shows_probabilities(run, trained: Path) -> None:
+    lines = run("generate", trained, "ROMEO:", "-n", "3", "--logprobs", "2").out.splitlines()
+    assert len(lines) == 3
+    assert all(line.count("%") == 3 for line in lines)
+
+
+def test_evaluate_prints_standard_errors_and_json(run, trained: Path) -> None:
+    (Path.cwd() / "t.txt").write_text("Good morrow, cousin. " * 20)
+    ended = run("evaluate", trained, "--data", "t.txt", "--context", "16")
+    assert [line.split("  ")[0] for line in ended.out.splitlines()[:3]] == ["loss", "perplexity", "bits per byte"]
+    found = json.loads(run("evaluate", trained, "--data", "t.txt", "--context", "16", "--json").out)
+    assert f"{found['loss']:.4f} ± {found['standard_error']:.4f} nats per token" in ended.out
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] / 0.6931471805599453)  # one byte per token here
+
+
+def test_look_writes_a_page(run, trained: Path) -> None:
+    ended = run("look", "To be", "--model", trained, "--out", "look.html")
+    assert (ended.code, ended.err) == (0, "")
+    assert "<html" in Path("look.html").read_text()
+    assert ended.out.startswith("wrote look.html (")
+
+
+def test_params_and_dimensions_of_presets_and_runs(run, trained: Path) -> None:
+    assert "124,439,808" in run("params", "gpt2").out
+    assert "blocks" in run("params", trained).out
+    assert "b=1 t=3" in run("dimensions", trained, "car").out
+    assert "d=32" in run("dimensions", "tiny", "The car is red", "--set", "d_model=32").out
+
+
+# Mistakes: exit code 2, one sentence with the remedy, no traceback
+
+MISTAKES = {
+    "an unknown command": (["tran"], r"No such command 'tran'.*See 'glassformer --help'"),
+    "an unknown option": (["train", "shakespeare_quick", "--step", "3"], r"No such option: --step.*See 'glassformer train --help'"),
+    "a missing argument": (["generate"], r"Missing argument 'DIR'.*See 'glassformer generate --help'"),
+    "a word for a number": (["train", "shakespeare_quick", "--steps", "many"], r"'--steps'.*See 'glassformer train --help'"),
+    "an unknown recipe": (["train", "shakespear_quick"], r"No recipe is named 'shakespear_quick'\. Did you mean 'shakespeare_quick'"),
+    "a recipe file that is not there": (["train", "mine.yaml"], r"There is no recipe file 'mine.yaml'\. Check the path"),
+    "a set without a value": (["train", "shakespeare_quick", "--set", "batch"], r"--set takes path=value, but 'batch' was given"),
+    "a set of what is not there": (["train", "shakespeare_quick", "--set", "bach=3"], r"--set bach=3: Recipe has no field 'bach'\. Did you mean 'batch'"),
+    "a set of a wrong type": (["train", "shakespeare_quick", "--set", "batch=many"], r"--set batch=many: Recipe\.batch is a int, but 'many' was given"),
+    "a set through a number": (["train", "shakespeare_quick", "--set", "batch.x=3"], r"the path cannot go on with 'x'"),
+    "an unknown part": (["train", "shakespeare_quick", "--set", "optimizer=AdamV"], r"No part of kind Optimizer is named 'AdamV'\. Did you mean 'AdamW'"),
+    "a value that is not YAML": (["train", "shakespeare_quick", "--set", "batch=[1"], r"the value '\[1' is not YAML"),
+    "text that is not there": (["train", "shakespeare_quick", "--data", "nowhere.txt"], r"There is no file or folder 'nowhere.txt'.*tinyshakespeare"),
+    "a device that is not there": (["train", "shakespeare_quick", "--device", "tpu"], r"There is no device 'tpu' here\. There is: .*cpu"),
+    "a run that is not there": (["generate", "nowhere", "Hi"], r"There is no folder 'nowhere'.*glassformer train shakespeare_quick --out nowhere"),
+    "a preset for a run": (["generate", "gpt2", "Hi"], r"A preset has no trained weights: train one first"),
+    "an unknown preset": (["params", "gtp2"], r"'gtp2' is neither a folder with a model nor a preset\. Did you mean 'gpt2'"),
+}
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_mistake_is_one_sentence_with_the_remedy(run, what: str) -> None:
+    args, expected = MISTAKES[what]
+    ended = run(*args)
+    assert ended.code == 2
+    assert ended.out == ""
+    lines = ended.err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert len([line for line in lines if line.startswith("error: ")]) == 1
+    assert "Traceback" not in ended.err
+    assert re.search(expected, lines[-1]), lines[-1]
+
+
+RECIPES = {
+    "no_function.py": ("x = 1\n", r"no_function.py has no function recipe\(\)\. Write one"),
+    "wrong_type.py": ("def recipe():\n    return 3\n", r"recipe\(\) in .*wrong_type.py returned a int, but a glassformer.Recipe is needed"),
+    "raises.py": ("def recipe():\n    return 1 / 0\n", r"raises.py, line 2: ZeroDivisionError: division by zero\. Mend the recipe"),
+    "syntax.py": ("def recipe(:\n", r"syntax.py, line 1: .*Mend the recipe"),
+    "empty.yaml": ("", r"empty.yaml holds nothing, but a recipe is a mapping of fields"),
+    "list.yaml": ("- 1\n", r"list.yaml holds list, but a recipe is a mapping"),
+    "broken.yaml": ("a: [1\n", r"broken.yaml, line 2: not YAML"),
+    "field.yaml": ("model: tiny\nstep: 3\n", r"Recipe: Recipe has no field 'step'\. Did you mean 'steps'"),
+    "budget.yaml": ("model: tiny\n", r"A recipe needs a budget: steps=2000, seconds=100, or both"),
+    "no_model.yaml": ("steps: 3\n", r"Recipe needs model"),
+    "preset.yaml": ("model: tinny\nsteps: 3\n", r"No preset is named 'tinny'\. Did you mean 'tiny'"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_wrong_recipe_is_named_with_its_line(run, name: str) -> None:
+    content, expected = RECIPES[name]
+    Path(name).write_text(content)
+    ended = run("train", name)
+    assert ended.code == 2
+    assert re.search(expected, ended.err), ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_a_run_is_never_overwritten(run, trained: Path) -> None:
+    before = (trained / "model.safetensors").read_bytes()
+    ended = run("train", "shakespeare_quick", "--out", trained)
+    assert ended.code == 1
+    assert "already holds a run: go on with it (--resume) or choose another folder (--out)" in ended.err
+    assert (trained / "model.safetensors").read_bytes() == before
+
+
+def test_a_saved_model_has_fixed_sizes(run, trained: Path) -> None:
+    ended = run("params", trained, "--set", "d_model=8")
+    assert ended.code == 2
+    assert "is a saved model, whose sizes are fixed" in ended.err
+
+
+def test_impossible_sampling_is_refused_before_anything_is_printed(run, trained: Path) -> None:
+    ended = run("generate", trained, "ROMEO:", "--top-p", "3")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith("error: ")
+
+
+# Ends
+
+
+def test_an_interrupt_ends_with_130(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from glassformer.cli import models
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "open_shape", interrupted)
+    ended = run("params", "gpt2")
+    assert (ended.code, ended.out) == (130, "")
+    assert "Traceback" not in ended.err
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    process = subprocess.Popen(fresh("params", "gpt2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+    process.stderr.close()
+
+
+def test_a_fault_of_ours_shows_its_traceback_and_asks_for_a_report(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from glassformer.cli import models
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("one by nought")
+
+    monkeypatch.setattr(models, "open_shape", broken)
+    ended = run("params", "gpt2")
+    assert ended.code == 1
+    assert "Traceback" in ended.err
+    assert "Please report it" in ended.err
+
+
+def test_a_full_disk_is_a_failure_and_not_a_fault(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from glassformer.cli import models
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "somewhere/model")
+
+    monkeypatch.setattr(models, "open_shape", full)
+    ended = run("params", "gpt2")
+    assert (ended.code, ended.err.splitlines()) == (1, ["error: No space left on device: 'somewhere/model'. Check the path, its permissions and the free space."])
+
+
+def test_debug_adds_the_traceback_to_a_mistake(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLASSFORMER_DEBUG", "1")
+    ended = run("params", "gtp2")
+    assert ended.code == 2
+    assert "Traceback" in ended.err
+    assert ended.err.splitlines()[-1].startswith("error: ")
+
+
+def test_python_dash_m_is_the_same_command() -> None:
+    done = subprocess.run(fresh("--version"), capture_output=True, text=True, check=True, env=os.environ | {"PYTHONWARNINGS": "error"})
+    assert done.stdout == f"glassformer {glassformer.__version__}\n"

@@ -1,0 +1,95 @@
+"""The public door: ``glassformer.__all__`` is exact, typed, and opens without torch."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import glassformer
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "src" / "glassformer" / "__init__.py"
+
+
+def modules_after(statement: str) -> set[str]:
+    """The modules that a fresh interpreter has loaded after a statement."""
+    program = f"import sys; {statement}; print(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_every_public_name_can_be_fetched_and_is_what_its_room_calls_by_that_name() -> None:
+    for name in glassformer.__all__:
+        value = getattr(glassformer, name)
+        assert getattr(value, "__name__", name) == name
+
+
+def test_no_public_name_is_listed_twice() -> None:
+    assert len(glassformer.__all__) == len(set(glassformer.__all__))
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    seen = [
+        (node.module, alias.name, alias.asname)
+        for block in ast.parse(SOURCE.read_text()).body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    ]
+    assert all(name == shown for _, name, shown in seen)  # `import X as X` is what makes a name public to them
+    assert sorted((room, name) for room, name, _ in seen) == sorted((room, name) for room, names in glassformer._DOOR.items() for name in names)
+
+
+def test_nothing_else_is_public() -> None:
+    program = "import glassformer; print(*[n for n in vars(glassformer) if not n.startswith('_')])"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert set(loaded) <= {"annotations", "importlib", "TYPE_CHECKING", "Any"}
+
+
+def test_every_error_is_public() -> None:
+    from glassformer.core import errors
+
+    classes = {n for n, c in vars(errors).items() if isinstance(c, type) and issubclass(c, errors.GlassformerError)}
+    assert classes <= set(glassformer.__all__)
+
+
+def test_every_public_function_and_class_says_what_it_is() -> None:
+    silent = [n for n in glassformer.__all__ if callable(value := getattr(glassformer, n)) and not (value.__doc__ or "").strip()]
+    assert not silent
+
+
+def test_rooms_are_attributes() -> None:
+    assert glassformer.text.Tokenizer is glassformer.Tokenizer
+    assert {"text", "weights", "Decoder"} <= set(dir(glassformer))
+
+
+def test_an_unknown_name_names_the_nearest() -> None:
+    with pytest.raises(AttributeError, match=r"glassformer has no name 'Decodr'\. Did you mean 'Decoder'"):
+        glassformer.Decodr  # noqa: B018
+
+
+def test_importing_the_package_imports_no_torch_and_no_library() -> None:
+    loaded = modules_after("import glassformer")
+    assert "glassformer" in loaded
+    assert not {"torch", "numpy", "tokenizers", "rich", "typer"} & loaded
+
+
+def test_tokenizers_need_no_torch() -> None:
+    loaded = modules_after("import glassformer; glassformer.Tokenizer")
+    assert "glassformer.text" in loaded
+    assert "torch" not in loaded
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert SOURCE.with_name("py.typed").exists()
+
+
+def test_the_version_is_written_once() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", glassformer.__version__)
+    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
+    assert len(re.findall(r"^__version__ =", SOURCE.read_text(), re.MULTILINE)) == 1
