@@ -194,7 +194,9 @@ def main() -> None:
     found: dict[str, Any] = {}
     for key in args.shape or list(SHAPES):
         shape = SHAPES[key]
-        print(f"\n### {key}: {shape.layers} layers, {shape.d} wide, {shape.heads} heads, context {shape.context}, batch {shape.batch}, vocabulary {shape.vocab}\n")
+        print(
+            f"\n### {key}: {shape.layers} layers, {shape.d} wide, {shape.heads} heads, context {shape.context}, batch {shape.batch}, vocabulary {shape.vocab}\n"
+        )
         found[key] = measure(shape, names, modes, args.rounds or shape.rounds)
         print(table(found[key]), flush=True)
         gc.collect()

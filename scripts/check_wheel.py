@@ -64,7 +64,7 @@ def install(wheel: Path, environment: Path, torch: str) -> Path:
     say("installing it into an empty environment")
     run([sys.executable, "-m", "venv", str(environment)])
     scripts = environment / ("Scripts" if os.name == "nt" else "bin")
-    pip = [str(scripts / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [str(scripts / "python"), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     run([*pip, torch])
     run([*pip, str(wheel)])
     return scripts / "glassformer"

@@ -23,7 +23,37 @@ MIXED = (
 ANY_TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)
 """Any string that is text: every code point but the surrogates."""
 
-TRICKY_TEXT = st.lists(st.sampled_from([" ", "  ", "\n", "\r\n", "\t", "'s", "'LL", "the", "The", "1", "12345", "é", "e\u0301", "日本", "👩‍💻", "ſ", "İ", "_", "!!", "\u00a0", "\u2028", END, "a" * 30, "\x00"]), max_size=25).map("".join)
+TRICKY_TEXT = st.lists(
+    st.sampled_from(
+        [
+            " ",
+            "  ",
+            "\n",
+            "\r\n",
+            "\t",
+            "'s",
+            "'LL",
+            "the",
+            "The",
+            "1",
+            "12345",
+            "é",
+            "e\u0301",
+            "日本",
+            "👩‍💻",
+            "ſ",
+            "İ",
+            "_",
+            "!!",
+            "\u00a0",
+            "\u2028",
+            END,
+            "a" * 30,
+            "\x00",
+        ]
+    ),
+    max_size=25,
+).map("".join)
 
 
 @cache

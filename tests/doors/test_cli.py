@@ -238,7 +238,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert process.stderr is not None
     process.stdout.close()
     assert process.stderr.read() == b""
-    assert process.wait() == 141
+    assert process.wait() == 1
     process.stderr.close()
 
 
@@ -263,7 +263,10 @@ def test_a_full_disk_is_a_failure_and_not_a_fault(run, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(models, "open_shape", full)
     ended = run("params", "gpt2")
-    assert (ended.code, ended.err.splitlines()) == (1, ["error: No space left on device: 'somewhere/model'. Check the path, its permissions and the free space."])
+    assert (ended.code, ended.err.splitlines()) == (
+        1,
+        ["error: No space left on device: 'somewhere/model'. Check the path, its permissions and the free space."],
+    )
 
 
 def test_debug_adds_the_traceback_to_a_mistake(run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,6 +275,15 @@ def test_debug_adds_the_traceback_to_a_mistake(run, monkeypatch: pytest.MonkeyPa
     assert ended.code == 2
     assert "Traceback" in ended.err
     assert ended.err.splitlines()[-1].startswith("error: ")
+
+
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    run("--version")
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    run("--version")
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_python_dash_m_is_the_same_command() -> None:

@@ -138,6 +138,10 @@ def test_characters_of_many_bytes_stream_whole():
     assert [e.text for e in events] == ["", "é", "", "", "日", "", "", "", "🙂"]
     cut = generate(model, [0], tokenizer=Bytes(), max_new_tokens=3)
     assert cut.text == "é\ufffd"
+    held = generate(model, [0], tokenizer=Bytes(), max_new_tokens=3, stop="éxx")
+    assert (held.text, held.finish_reason) == ("é\ufffd", "length")
+    met = generate(model, [0], tokenizer=Bytes(), max_new_tokens=3, stop="é\ufffd")
+    assert (met.text, met.finish_reason) == ("", "stop")
 
 
 # Probabilities

@@ -147,13 +147,13 @@ def test_the_history_may_be_a_right_aligned_tensor():
 
 # The fast way and the plain way
 
-FILTERS = [TopK(20), TopP(0.9), MinP(0.02), Temperature(0.8), Penalties(1.2, 0.1)]
+FILTERS = [TopK(20), TopK(6), TopP(0.9), Temperature(0.8), Penalties(1.2, 0.1)]
 
 
 @pytest.mark.parametrize("final", [Draw(5), Greedy()], ids=repr)
 def test_the_call_and_the_steps_agree_in_every_order(final):
     x, history = logits(3, 200), [[1, 2, 3], [5], [9, 9]]
-    for n, order in enumerate(permutations(FILTERS, 4)):
+    for n, order in enumerate(permutations(FILTERS, 3)):
         chain = Chain((*order, final))
         state = chain.state(3)
         state.steps = [n] * 3

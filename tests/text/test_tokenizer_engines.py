@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import tokenizers
-from corpus_of_tokenizers import ANY_TEXT, END, MIXED, TRICKY_TEXT, shakespeare, trained
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tokenizers import models, normalizers, pre_tokenizers
 
+from corpus_of_tokenizers import ANY_TEXT, END, MIXED, TRICKY_TEXT, shakespeare, trained
 from glassformer.text import Tokenizer, engines, train
 from glassformer.text.alphabet import BYTE_OF_CHARACTER, CHARACTER_OF_BYTE, bytes_of, readable
 from glassformer.text.patterns import LONGEST_RUN, PATTERNS, has_long_run, in_parts
@@ -51,7 +50,7 @@ def test_fast_and_slow_give_the_same_ids_on_real_text(kind: str, pattern: str) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", sorted(PATTERNS))
+@pytest.mark.parametrize("pattern", ["gpt2", "o200k"])  # between them they ask for every class of characters that any pattern asks for
 def test_both_regex_engines_cut_alike_around_every_code_point(pattern: str) -> None:
     """One that knows a newer Unicode would call a new letter a letter; a rank for every pair of bytes makes each border show in the ids."""
     pairs = [(a, b) for a in CHARACTER_OF_BYTE for b in CHARACTER_OF_BYTE]
@@ -142,7 +141,10 @@ def test_whole_words_that_no_merge_makes() -> None:
         (lambda j: j["model"].update(dropout=0.1), "random"),
         (lambda j: j.update(normalizer={"type": "Lowercase"}), "normaliser Lowercase"),
         (lambda j: j["pre_tokenizer"].update(add_prefix_space=True), "more than cut"),
-        (lambda j: j.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, j["pre_tokenizer"]]}), "more than cut"),
+        (
+            lambda j: j.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, j["pre_tokenizer"]]}),
+            "more than cut",
+        ),
         (lambda j: j["added_tokens"][0].update(lstrip=True), "space around it"),
         (lambda j: j["model"]["vocab"].pop("!"), "of the 256 bytes"),
     ],
@@ -176,25 +178,28 @@ def test_a_difference_on_the_probe_hands_over_to_the_library(monkeypatch: pytest
     assert tokenizer.encode("hear me") == tokenizer.library.encode("hear me").ids
 
 
-@given(TRICKY_TEXT)
-@settings(max_examples=100, deadline=None)
-def test_text_that_a_normaliser_composes(text: str) -> None:
-    tokenizer = _composing()
-    assert tokenizer.engine == "tiktoken"
-    assert tokenizer.encode(text) == reference(tokenizer, text)
-    assert tokenizer.encode_to_array(text).tolist() == reference(tokenizer, text)
-    assert [p.id for p in tokenizer.offsets(text)] == reference(tokenizer, text)
-
-
-def _composing() -> Tokenizer:
+def test_text_that_a_normaliser_composes() -> None:
     library = trained("bpe").library
     library.normalizer = normalizers.NFC()
-    return Tokenizer(library)
+    tokenizer = Tokenizer(library)
+    assert tokenizer.engine == "tiktoken"
+
+    @given(TRICKY_TEXT)
+    @settings(max_examples=100, deadline=None)
+    def law(text: str) -> None:
+        expected = library.encode(text).ids
+        assert tokenizer.encode(text) == tokenizer.encode_to_array(text).tolist() == expected
+        assert [piece.id for piece in tokenizer.offsets(text)] == expected
+
+    law()
+    assert [(p.text, p.start, p.end) for p in tokenizer.offsets("e\u0301")] == [("é", 0, 2)]
 
 
 def test_added_tokens_of_both_passes() -> None:
     library = trained("bpe").library
-    library.add_tokens([tokenizers.AddedToken("  ", normalized=True), tokenizers.AddedToken("hear", normalized=False), tokenizers.AddedToken("hear me", normalized=True)])
+    library.add_tokens(
+        [tokenizers.AddedToken("  ", normalized=True), tokenizers.AddedToken("hear", normalized=False), tokenizers.AddedToken("hear me", normalized=True)]
+    )
     tokenizer = Tokenizer(library)
     assert tokenizer.engine == "tiktoken"
     for text in ("we hear me   speak", f"   {END}hear", "    "):
@@ -205,11 +210,12 @@ def test_added_tokens_of_both_passes() -> None:
 # ------------------------------------------------------------------------------------------------------------------ long and many
 
 
-@pytest.mark.parametrize("unit", ["a", " ", "\n", " \n", "!", "é", "1", "日", "\u00a0", "ab "])
-@pytest.mark.parametrize("pattern", ["gpt2", "cl100k", "o200k"])
+@pytest.mark.parametrize("unit", ["a", " ", "\n", "!", "日", "\u00a0"])
+@pytest.mark.parametrize("pattern", ["gpt2", "o200k"])
 def test_a_megabyte_of_the_same_takes_seconds(unit: str, pattern: str) -> None:
     tokenizer = trained("bpe", pattern)
-    for text in (unit * 1_000_000, "x" + unit * 400_000 + "x"):
+    many = 1_000_000 // len(unit.encode())
+    for text in (unit * many, "x" + unit * (many // 2) + "x"):
         start = time.perf_counter()
         ids = tokenizer.encode(text)
         assert time.perf_counter() - start < 20

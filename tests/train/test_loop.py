@@ -103,6 +103,25 @@ def test_documents_keep_apart():
     assert steps[-1].tokens < 5 * 64  # targets across borders are not predicted
 
 
+def test_a_batch_that_predicts_nothing_moves_nothing():
+    nothing = [Batch(b.tokens, torch.arange(17).expand(6, 17)) for b in ragged([6])]
+    model = small.model()
+    alone = gradient(lambda b: NextToken().loss(model, b), nothing, list(model.parameters()))
+    assert alone.numbers()[:2] == (0.0, 0.0)
+    together, expected = small.model(), small.model()
+    found = gradient(lambda b: NextToken().loss(together, b), nothing + ragged([6]), list(together.parameters()))
+    wanted = gradient(lambda b: NextToken().loss(expected, b), ragged([6]), list(expected.parameters()))
+    assert found.norm.item() == pytest.approx(wanted.norm.item(), rel=1e-5)
+    assert found.mean.item() == pytest.approx(wanted.mean.item(), rel=1e-6)
+
+
+def test_the_model_is_left_in_the_mode_it_was_in():
+    model = small.model().eval()
+    modes = [model.training for _ in small.trainer(model, steps=2)]
+    assert modes == [True, True]
+    assert not model.training
+
+
 def test_a_budget_of_seconds_ends_in_time_and_follows_the_clock():
     trainer = small.trainer(steps=None, seconds=1.0, schedule=Cosine(warmup=0.1, final=0.1), evaluate_every=None, validation=small.data(300))
     start = time.perf_counter()

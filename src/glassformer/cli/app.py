@@ -1,7 +1,7 @@
 """The door of the command line: the list of commands, and what happens when something goes wrong.
 
 Exit codes: 0 it worked, 1 it failed while running, 2 the command, a recipe or a file was wrong,
-130 interrupted with Ctrl-C, 141 whoever read the output went away. A mistake of the user is one
+130 interrupted with Ctrl-C. When whoever reads the output goes away, it ends silently with 1. A mistake of the user is one
 sentence on standard error, with the remedy; ``GLASSFORMER_DEBUG=1`` adds the traceback.
 
 Nothing here imports torch: the commands do, when they run.
@@ -21,7 +21,7 @@ from .. import __version__
 from ..core.errors import CheckpointError, GlassformerError, TrainingError
 from . import dimensions, evaluate, generate, look, params, tokenizer, train
 
-OK, FAILED, MISTAKE, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
 app = typer.Typer(
     name="glassformer",
@@ -54,6 +54,8 @@ def root(version: Annotated[bool, typer.Option("--version", callback=_version, i
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; ``None`` means the arguments of the process."""
+    # Threads that sleep while they wait for each other: as fast on a quiet machine, many times faster on a busy one (docs/log.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = list(sys.argv[1:] if args is None else args)
     try:
         code = typer.main.get_command(app)(given or ["--help"], prog_name="glassformer", standalone_mode=False)
@@ -64,7 +66,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush complains
-        return PIPE_CLOSED
+        return FAILED
+    except SystemExit as error:  # typer's own answer to a closed pipe
+        return error.code if isinstance(error.code, int) else FAILED
     except (TrainingError, CheckpointError) as error:
         return _complain(str(error), FAILED)
     except GlassformerError as error:

@@ -45,8 +45,10 @@ def train(
         kind, files, vocab_size=vocab_size, special=special or [], roles=_roles(role or []), pattern=pattern, lowercase=lowercase, min_frequency=min_frequency
     )
     path = tokenizer.save(out)
-    print(f"wrote {path}: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB read, "
-          f"{time.perf_counter() - start:.1f} s")
+    print(
+        f"wrote {path}: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB read, "
+        f"{time.perf_counter() - start:.1f} s"
+    )
     if vocab_size is not None and tokenizer.vocab_size < vocab_size:
         print(f"{vocab_size:,} were asked for: the text has no more pieces that occur {min_frequency} times (--min-frequency)")
     print(f"look at it: glassformer tokenizer show {out} 'some text'")
@@ -152,7 +154,9 @@ def _text(text: str | None, file: Path | None) -> str:
     except FileNotFoundError:
         raise TokenizerError(f"there is no file {file}: check the path.") from None
     except UnicodeDecodeError as error:
-        raise TokenizerError(f"{file or 'standard input'} is not UTF-8: byte {error.object[error.start]:02X} at {error.start} is part of no character.") from None
+        raise TokenizerError(
+            f"{file or 'standard input'} is not UTF-8: byte {error.object[error.start]:02X} at {error.start} is part of no character."
+        ) from None
 
 
 def _roles(given: Sequence[str]) -> dict[str, str]:

@@ -65,7 +65,7 @@ class Detokenizer:
             return
         for start in range(len(self._ids) - self.KEPT, 0, -1):
             kept = self._tokenizer.decode(self._ids[start:])
-            if text.endswith(kept) and not kept.startswith(REPLACEMENT):  # not begun in the middle of a character
+            if text.endswith(kept):  # not begun in the middle of a character
                 self._ids, self._given = self._ids[start:], len(kept)
                 return
 

@@ -185,7 +185,8 @@ class TransformerModel(Anatomy, nn.Module):
         unknown = [o for o in options if o not in names]
         if unknown:
             raise InputError(f"states() takes no option {unknown[0]!r}; it takes {', '.join(names)}.")
-        h, _ = self._run(tokens, **(dict.fromkeys(names) | {"path": ""} | options))
+        filled: dict[str, Any] = dict.fromkeys(names) | {"path": ""} | options
+        h, _ = self._run(tokens, **filled)
         return h
 
     def _run(
@@ -331,7 +332,8 @@ def _sites(model: TransformerModel, root: str) -> Iterator[SiteInfo]:
             if isinstance(module, NormLayer):
                 yield from norms(path, module, "b t 1")
                 continue
-            for site in module.SITES:
+            declared: tuple[Site, ...] = getattr(module, "SITES", ())
+            for site in declared:
                 yield info(path, site)
             if isinstance(module, _Attention):
                 yield from norms(f"{path}.q_norm", module.q_norm, "b t h 1")

@@ -177,7 +177,7 @@ class Table(Engine):
     def _look_up(self, segment: str, at: int) -> NDArray[np.uint32]:
         units = self._units(segment)
         if self._complete:
-            return self._ids[units]
+            return np.asarray(self._ids[units], dtype=Id32)
         ids: NDArray[np.uint32] = self._ids[np.minimum(units, len(self._ids) - 1)]
         unknown = ids == self.NONE
         if unknown.any():
@@ -206,7 +206,8 @@ def characters_in(text: str) -> NDArray[np.uint32]:
 
 PROBE = (
     "It's THE car's 3rd  12345678 tour, don't you'LL see?\n\n\tTabs\r\n\r\n   three  \n spaces \u00a0\u3000\u2028\u0085 \u200b x\x00\x7f\x1c \ufeff"
-    " naïve cafe\u0301 Ａ ﬁ ǅ ʰ İı ſ'ſ K Ⅷ ½ ² ٣ १२३४ \u180e Ελλάδα русский עִבְרִית العربية हिन्दी ไทย 日本語、中文。 한국어 ᄒ \U0001f469\u200d\U0001f4bb\U0001f1e9\U0001f1ea \U0010ffff \ue000"
+    " naïve cafe\u0301 Ａ ﬁ ǅ ʰ İı ſ'ſ K Ⅷ ½ ² ٣ १२३४ \u180e Ελλάδα русский עִבְרִית العربية हिन्दी ไทย 日本語、中文。 한국어 ᄒ"
+    " \U0001f469\u200d\U0001f4bb\U0001f1e9\U0001f1ea \U0010ffff \ue000"
     " camelCaseHTTPServer x=y**2;//http://a.b/c?d=e&f=%20 ______ ====----... 'tis 'S'T'LL' aaaaaaaaaaaaaaaaaaaaaaa ababababab abcabcabc \ud7ff"
 )
 """Contractions, digits, white space of every kind, marks, letters without case, joined emoji, private and unassigned characters, repetitions."""
@@ -259,7 +260,8 @@ def is_bytes(config: Mapping[str, Any]) -> bool:
     return is_byte_level(config) and not model["merges"] and not model["ignore_merges"] and all(c in model["vocab"] for c in CHARACTER_OF_BYTE)
 
 
-EACH_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+EACH_CHARACTER_REGEX = r"[\s\S]"
+EACH_CHARACTER = {"type": "Split", "pattern": {"Regex": EACH_CHARACTER_REGEX}, "behavior": "Isolated", "invert": False}
 """The pre-tokeniser that makes each character a word."""
 
 
@@ -321,6 +323,5 @@ def _ranks(library: tokenizers.Tokenizer, model: Mapping[str, Any]) -> Ranks:
     if model["ignore_merges"]:
         import tokenizers
 
-        merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-        merging = tokenizers.models.BPE(vocab=model["vocab"], merges=merges)
+        merging = tokenizers.models.BPE(vocab=model["vocab"], merges=[(left, right) for left, right in model["merges"]])
     return ranks_of(model, lambda piece: [token.id for token in merging.tokenize(piece)])

@@ -47,7 +47,7 @@ def ranks_of(model: Mapping[str, Any], tokenize: Any) -> Ranks:
     vocab: dict[str, int] = model["vocab"]
     if missing := [byte for byte, character in enumerate(CHARACTER_OF_BYTE) if character not in vocab]:
         raise Unfit(f"{len(missing)} of the 256 bytes are not in its vocabulary, {missing[0]:02X} for one")
-    pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    pairs: list[tuple[str, str]] = [(left, right) for left, right in model["merges"]]
     place = _places(pairs)
     reached: list[tuple[int, bytes, int]] = []
     whole_words: list[tuple[int, bytes, int]] = []
@@ -70,7 +70,7 @@ def ranks_of(model: Mapping[str, Any], tokenize: Any) -> Ranks:
     return Ranks({raw: rank for rank, (_, raw, _) in enumerate(ordered)}, ids)
 
 
-def _places(pairs: list[tuple[str, ...]]) -> dict[str, int]:
+def _places(pairs: list[tuple[str, str]]) -> dict[str, int]:
     """The place in the list at which each piece comes into being."""
     spelled: dict[str, list[int]] = {}
     for at, pair in enumerate(pairs):
@@ -80,7 +80,7 @@ def _places(pairs: list[tuple[str, ...]]) -> dict[str, int]:
     return {piece: ats[0] if ats[-1] - ats[0] + 1 == len(ats) else _last_merge(piece, order) for piece, ats in spelled.items()}
 
 
-def _last_merge(piece: Iterable[str], order: Mapping[tuple[str, ...], int]) -> int:
+def _last_merge(piece: Iterable[str], order: Mapping[tuple[str, str], int]) -> int:
     parts, last = list(piece), len(order)
     while len(parts) > 1:
         at = min(range(len(parts) - 1), key=lambda i: order.get((parts[i], parts[i + 1]), len(order)))

@@ -335,7 +335,9 @@ class Tokenizer:
         except ValueError as error:
             raise TokenizerError(f"{file} is not JSON ({error}): it is damaged or another kind of file; copy it again, or give the {FILE}.") from None
         if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
-            raise TokenizerError(f"{file} is JSON but no tokenizer: it has no 'model'. Give the {FILE} of the 'tokenizers' format, not another file of the folder.")
+            raise TokenizerError(
+                f"{file} is JSON but no tokenizer: it has no 'model'. Give the {FILE} of the 'tokenizers' format, not another file of the folder."
+            )
         try:
             library = tokenizers.Tokenizer.from_str(text)
         except Exception as error:

@@ -64,8 +64,8 @@ def train(
     ``min_frequency`` is how often a pair or word must occur to become a piece (bpe, wordpiece, words).
 
     The same corpus and settings give the same tokenizer, except for wordpiece and unigram, where the library leaves equal counts to chance:
-    keep the file. Unigram is slow to learn, about a minute for 10 MB. Raises TokenizerError for an unknown kind or pattern, a vocabulary that is too small, and files that are
-    missing, empty or not UTF-8.
+    keep the file. Unigram is slow to learn, about a minute for 10 MB.
+    Raises TokenizerError for an unknown kind or pattern, a vocabulary that is too small, and files that are missing, empty or not UTF-8.
     """
     if kind not in KINDS:
         raise TokenizerError(f"there is no tokenizer of kind {kind!r}: the kinds are {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}")
@@ -130,9 +130,7 @@ def _wordpiece(corpus: _Corpus, vocab_size: int, special: list[str], unk: str, s
     library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     library.decoder = decoders.WordPiece(cleanup=False)
     _enough(vocab_size, 1, special, "the vocabulary must hold more than its special tokens")
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, min_frequency=settings["min_frequency"], special_tokens=_declared(special), show_progress=False
-    )
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, min_frequency=settings["min_frequency"], special_tokens=_declared(special), show_progress=False)
     _learn(library, corpus, trainer)
     return library
 
@@ -169,7 +167,7 @@ def _characters(corpus: _Corpus, vocab_size: int | None, special: list[str], unk
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    from .engines import EACH_CHARACTER
+    from .engines import EACH_CHARACTER_REGEX
 
     counts: Counter[str] = Counter()
     for text in corpus:
@@ -185,7 +183,7 @@ def _characters(corpus: _Corpus, vocab_size: int | None, special: list[str], unk
         kept = kept[: vocab_size - len(special)]
     vocab = {piece: id for id, piece in enumerate([*sorted(kept), *special])}
     library = tokenizers.Tokenizer(models.WordLevel(vocab=vocab, unk_token=unk or _NOBODY))
-    library.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(EACH_CHARACTER["pattern"]["Regex"]), "isolated")
+    library.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(EACH_CHARACTER_REGEX), "isolated")
     library.decoder = decoders.Fuse()
     library.add_special_tokens(_declared(special))
     return library
@@ -203,9 +201,7 @@ def _words(corpus: _Corpus, vocab_size: int | None, special: list[str], unk: str
     library.pre_tokenizer = pre_tokenizers.Whitespace()
     if vocab_size is not None:
         _enough(vocab_size, 1, special, "the vocabulary must hold more than its special tokens")
-    trainer = trainers.WordLevelTrainer(
-        vocab_size=vocab_size or 1 << 40, min_frequency=min_frequency, special_tokens=_declared(special), show_progress=False
-    )
+    trainer = trainers.WordLevelTrainer(vocab_size=vocab_size or 1 << 40, min_frequency=min_frequency, special_tokens=_declared(special), show_progress=False)
     _learn(library, corpus, trainer)
     return library
 
@@ -281,8 +277,8 @@ def _chunks(file: Path) -> Iterator[str]:
                 text = kept + decoder.decode(block)
                 read += len(block)
                 cut = text.rfind(" ")
-                while cut > 0 and text[cut - 1] == " ":
-                    cut -= 1
+                while cut > 0 and text[cut - 1].isspace():
+                    cut = text.rfind(" ", 0, cut)
                 if cut > 0:
                     yield text[:cut]
                     kept = text[cut:]
@@ -290,8 +286,7 @@ def _chunks(file: Path) -> Iterator[str]:
                     kept = text
             yield kept + decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        raise TokenizerError(
-            f"{file} is not UTF-8: byte {error.object[error.start]:02X} near byte {max(0, read + error.start):,} of it is part of no character. Convert the file to UTF-8."
-        ) from None
+        byte = f"byte {error.object[error.start]:02X} at about {read + error.start:,}"
+        raise TokenizerError(f"{file} is not UTF-8: {byte} is part of no character. Convert the file to UTF-8.") from None
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise TokenizerError(f"{file} cannot be read: {error}. Check its permissions and that it is whole.") from None

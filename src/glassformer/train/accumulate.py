@@ -40,7 +40,7 @@ def gradient(forward: Callable[[Any], Loss], batches: Sequence[Any], parameters:
     With several micro-batches each total is divided by the first count meanwhile, so that sums keep their size.
     """
     first = forward(batches[0])
-    unit = first.count
+    unit = _at_least_one(first.count)
     (first.total / unit).backward()
     total, count, parts = first.total.detach(), first.count, dict(first.parts)
     for batch in batches[1:]:
@@ -49,9 +49,15 @@ def gradient(forward: Callable[[Any], Loss], batches: Sequence[Any], parameters:
         total, count = total + more.total.detach(), count + more.count
         for name, value in more.parts.items():
             parts[name] = parts[name] + value if name in parts else value
+    count = _at_least_one(count)
     scale = 1.0 if len(batches) == 1 else float(unit) / float(count)
     norm = global_norm(p.grad for p in parameters if p.grad is not None) * scale
     return Gradient(total / count, norm, count, {n: v / count for n, v in parts.items()} if len(parts) > 1 else {}, scale)
+
+
+def _at_least_one(count: int | Tensor) -> int | Tensor:
+    """A batch in which nothing is predicted (documents of one token) has no loss, not an undefined one."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:

@@ -160,12 +160,12 @@ class Progress:
 
     def __init__(self, shown: bool | None, *, steps: int | None, seconds: float | None):
         terminal = sys.stderr.isatty()
-        self._shown = terminal if shown is None else shown
+        self.shown = terminal if shown is None else shown
         self._steps, self._seconds = steps, seconds
         self._every = REFRESH_SECONDS if terminal else LINE_SECONDS
         self._last = time.monotonic() - (self._every if terminal else self._every - 2.0)
         self._bar: Any = None
-        if self._shown:
+        if self.shown:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
 
@@ -179,14 +179,14 @@ class Progress:
     def step(self, step: Step) -> None:
         """Show where the run is, if it is time."""
         now = time.monotonic()
-        if not self._shown or now - self._last < self._every:
+        if not self.shown or now - self._last < self._every:
             return
         self._last = now
         self.draw(step)
 
     def draw(self, step: Step) -> None:
         """Show where the run is, now."""
-        if not self._shown:
+        if not self.shown:
             return
         done = share_done(step.number, step.elapsed, self._steps, self._seconds)
         head = f"step {step.number:,}" + (f"/{self._steps:,}" if self._steps else "")
@@ -202,7 +202,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        if self._shown:
+        if self.shown:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:

@@ -168,6 +168,7 @@ class Trainer:
 
     def __iter__(self) -> Iterator[Step]:
         """Train; yields each step after it was taken. Ends at the budget, or after SIGINT or SIGTERM (see ``stopped``)."""
+        was_training = self.model.training
         self.model.train()
         self._log = Log(self.folder, after=self.number, tensorboard=self._tensorboard)
         self._progress = Progress(self._progress_shown, steps=self.steps, seconds=self.seconds)
@@ -189,6 +190,7 @@ class Trainer:
                 self.stopped = interrupts.caught
                 self._finish()
         finally:
+            self.model.train(was_training)
             self._progress.close()
             self._log.close()
             if self._run is not None:
@@ -317,8 +319,9 @@ class Trainer:
             if self._run.is_empty():
                 self.save()  # step 0: the first values too must survive
             self._run.unpublish()
-            if not self._peak:
-                self._peak = matrix_peak(self.device, self._autocast or torch.float32)
+        if not self._peak and (self._run is not None or self._progress.shown):
+            self._peak = matrix_peak(self.device, self._autocast or torch.float32)
+            if self._run is not None:
                 self._run.write(matrix_peak=self._peak)
         return time.monotonic()
 
@@ -394,6 +397,7 @@ class Trainer:
         self._optimisers.restore(found.optimiser())
         self._loader.restore(state["loader"])
         self.number, self.tokens, self.elapsed = found.step, int(state["tokens"]), float(state["elapsed"])
+        self._tenth = int(self.elapsed / self.seconds * EVALUATIONS) if self.seconds else 0
         self._random = lambda: state["random"]  # until the first step: what happens before it is not the run's
         if self._compiler.wanted == "auto":
             self._compiler.decision = state["decision"]

@@ -1,0 +1,125 @@
+"""Under torch.compile: the same numbers, every site recorded, and no trace of observation in a graph that nobody observes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from tools import built, call, each, fresh, same, tokens
+
+from glassformer.core.flow import Pass
+from glassformer.core.tap import Edit, Record, Tap
+from glassformer.models import TransformerModel
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def operations(model: Any, tap: Tap | None) -> Counter[str]:
+    """The operations of the one graph that a call compiles to."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(tokens(), tap=tap)
+    assert len(graphs) == 1
+    return Counter(str(n.target) for n in graphs[0].graph.nodes if n.op in ("call_function", "call_method", "call_module"))
+
+
+@each(["llama", "gpt2", "gemma2"])
+def test_the_graph_has_the_same_operations_with_and_without_taps(name, monkeypatch):
+    model = fresh(name)
+    unobserved = operations(model, None)
+    assert sum(unobserved.values()) > 20
+    looked = operations(model, Tap())
+    recorded = operations(model, Record("**.resid_post", "**.q", "**.z"))
+    assert looked == unobserved
+    assert recorded - unobserved == Counter({"detach": 6}), "recording adds nothing but the detached views that it keeps"
+    assert unobserved - recorded == Counter()
+    # And without the mechanism at all:
+    monkeypatch.setattr(Pass, "see", lambda self, site, x: x)
+    monkeypatch.setattr(Pass, "offer", lambda self, site, compute: None)
+    monkeypatch.setattr(Pass, "edits", lambda self, site: False)
+    assert operations(model, None) == unobserved
+
+
+@each(["llama", "gpt2", "gemma2", "sink", "t5-of-model", "bert"])
+def test_an_observed_graph_records_every_site(name):
+    """Traced without a code generator (the slow tests below have one), in one graph."""
+    model, ids = built(name), tokens()
+    plain, compiled = Record("**"), Record("**")
+    with torch.no_grad():
+        call(model, ids, tap=plain)
+        torch.compile(model, backend="eager", fullgraph=True)(ids, tap=compiled)
+    assert compiled.paths == plain.paths and set(plain.paths) == {s.path for s in model.sites()}
+    for path in plain.paths:
+        same(compiled[path], plain[path], what=path)
+
+
+def test_a_tap_added_after_the_first_compiled_call_is_not_ignored():
+    model, ids = built("llama"), tokens()
+    run = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        plain = run(ids)
+        tap = Record("blocks.1.attn.pattern")
+        assert torch.equal(run(ids, tap=tap), plain)
+        same(tap["blocks.1.attn.pattern"].sum(-1), torch.ones(2, 4, 9))
+        other = Record("blocks.0.attn.z[1]")
+        run(ids, tap=other)
+        assert other.paths == ["blocks.0.attn.z"] and other["blocks.0.attn.z"].shape == (2, 9, 1, 6)
+        assert (run(ids, tap=Edit("blocks.0.attn.z[1]", torch.zeros_like)) - plain).abs().max() > 1e-3
+
+
+def test_recorded_gradients_under_compile_are_those_of_the_plain_pass():
+    model, ids = fresh("llama"), tokens()
+    taps = [Record("blocks.*.resid_post", "blocks.1.attn.pattern", grad=True) for _ in range(2)]
+    for run, tap in zip((model, torch.compile(model, backend="eager")), taps, strict=True):
+        run(ids, tap=tap).square().sum().backward()
+    for path in taps[0].paths:
+        same(taps[1].grad(path), taps[0].grad(path), atol=1e-4, what=path)  # gradients are tens here: 1e-4 is their seventh digit
+
+
+@pytest.mark.slow
+@each(["llama", "gpt2", "gemma2", "t5"])
+def test_compiled_equals_eager(name):
+    model, ids = built(name), tokens()
+    run = torch.compile(model)
+    tap, plain = Record("**"), Record("**")
+    with torch.no_grad():
+        want = call(model, ids, tap=plain)
+        same(call(run, ids) if isinstance(model, TransformerModel) else call_pair(run, ids), want)
+        out = call(run, ids, tap=tap) if isinstance(model, TransformerModel) else call_pair(run, ids, tap=tap)
+        same(out, want)
+    assert set(tap.paths) == {s.path for s in model.sites()}
+    for path in tap.paths:
+        same(tap[path], plain[path], what=path)
+
+
+def call_pair(run: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    from tools import SOURCE_LENGTHS, source
+
+    return run(source(2), ids, source_lengths=list(SOURCE_LENGTHS[:2]), **options)
+
+
+@pytest.mark.slow
+@each(["llama", "window"])
+def test_compiled_training_and_decoding_equal_eager(name):
+    plain, compiled, ids = fresh(name), fresh(name), tokens()
+    plain(ids).square().mean().backward()
+    torch.compile(compiled)(ids).square().mean().backward()
+    for (n, x), y in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        same(y.grad, x.grad, what=n)
+    run, cache = torch.compile(compiled), compiled.cache(batch=2, capacity=16)
+    with torch.no_grad():
+        out = torch.cat([run(ids[:, a:b], cache=cache) for a, b in ((0, 5), (5, 6), (6, 7), (7, 9))], 1)
+        same(out, plain(ids))
