@@ -30,7 +30,7 @@ DOCUMENT = 20_000
 
 def main() -> None:
     given = _arguments()
-    text = lzma.open(given.data / "books" / "train.txt.xz", "rt", encoding="utf-8", newline="").read()
+    text = lzma.decompress((given.data / "books" / "train.txt.xz").read_bytes()).decode("utf-8")
     learnt = text.encode("utf-8")[:50_000_000].decode("utf-8", errors="ignore")
     start = time.perf_counter()
     bpe = train("bpe", texts=_cut(learnt, 1 << 20), vocab_size=given.vocab_size)

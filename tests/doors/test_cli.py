@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -151,6 +153,8 @@ MISTAKES = {
     "a set through a number": (["train", "shakespeare_quick", "--set", "batch.x=3"], r"the path cannot go on with 'x'"),
     "an unknown part": (["train", "shakespeare_quick", "--set", "optimizer=AdamV"], r"No part of kind Optimizer is named 'AdamV'\. Did you mean 'AdamW'"),
     "a value that is not YAML": (["train", "shakespeare_quick", "--set", "batch=[1"], r"the value '\[1' is not YAML"),
+    "a budget of nothing": (["train", "shakespeare_quick", "--steps", "0"], r"A budget is above zero; steps=0"),
+    "windows of nothing": (["evaluate", "nowhere", "--data", "tinyshakespeare", "--context", "0"], r"--context.*See 'glassformer evaluate --help'"),
     "text that is not there": (["train", "shakespeare_quick", "--data", "nowhere.txt"], r"There is no file or folder 'nowhere.txt'.*tinyshakespeare"),
     "a device that is not there": (["train", "shakespeare_quick", "--device", "tpu"], r"There is no device 'tpu' here\. There is: .*cpu"),
     "a run that is not there": (["generate", "nowhere", "Hi"], r"There is no folder 'nowhere'.*glassformer train shakespeare_quick --out nowhere"),
@@ -180,6 +184,7 @@ RECIPES = {
     "empty.yaml": ("", r"empty.yaml holds nothing, but a recipe is a mapping of fields"),
     "list.yaml": ("- 1\n", r"list.yaml holds list, but a recipe is a mapping"),
     "broken.yaml": ("a: [1\n", r"broken.yaml, line 2: not YAML"),
+    "binary.yaml": ("\xb8", r"binary.yaml is not UTF-8 text \(byte 0\), so it is no recipe"),
     "field.yaml": ("model: tiny\nstep: 3\n", r"Recipe: Recipe has no field 'step'\. Did you mean 'steps'"),
     "budget.yaml": ("model: tiny\n", r"A recipe needs a budget: steps=2000, seconds=100, or both"),
     "no_model.yaml": ("steps: 3\n", r"Recipe needs model"),
@@ -190,7 +195,7 @@ RECIPES = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_wrong_recipe_is_named_with_its_line(run, name: str) -> None:
     content, expected = RECIPES[name]
-    Path(name).write_text(content)
+    Path(name).write_bytes(content.encode("latin-1"))
     ended = run("train", name)
     assert ended.code == 2
     assert re.search(expected, ended.err), ended.err
@@ -230,6 +235,24 @@ def test_an_interrupt_ends_with_130(run, monkeypatch: pytest.MonkeyPatch) -> Non
     ended = run("params", "gpt2")
     assert (ended.code, ended.out) == (130, "")
     assert "Traceback" not in ended.err
+
+
+@pytest.mark.slow
+def test_control_c_saves_the_run_and_says_how_to_go_on(run, tmp_path: Path) -> None:
+    command = fresh("train", "shakespeare_quick", "--steps", "100000", "--out", str(tmp_path / "run"), *SMALL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    found = re.search(r"stopped after step ([\d,]+) and saved\. Go on with: glassformer train (\S+) --resume", out)
+    assert found is not None, out
+    step = int(found[1].replace(",", ""))
+    assert f"trained {step + 1:,} steps" in run("train", found[2], "--resume", "--steps", str(step + 1)).out
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

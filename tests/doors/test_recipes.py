@@ -124,6 +124,8 @@ def test_the_validation_part_is_the_end_of_the_text(tmp_path: Path) -> None:
 def test_impossible_recipes_are_refused() -> None:
     with pytest.raises(gf.SpecError, match=r"A recipe needs a budget: steps=2000, seconds=100, or both"):
         small().replace(steps=None)
+    with pytest.raises(gf.SpecError, match=r"A budget is above zero; steps=0 and seconds=None were given"):
+        small().replace(steps=0)
     with pytest.raises(gf.SpecError, match=r"validation is a share of the text, from 0 up to but not including 1; 1.5 was given"):
         small().replace(validation=1.5)
     with pytest.raises(gf.DataError, match=r"There is no file or folder 'tinyshakespear'\. Did you mean 'tinyshakespeare'"):

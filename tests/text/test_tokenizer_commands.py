@@ -82,6 +82,21 @@ def test_pieces_have_colours_and_neighbours_differ() -> None:
     assert "\x1b[31m" not in capture.get(), "the text must not command the terminal"
 
 
+def test_show_on_a_terminal_has_colours_and_a_table_in_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained("bpe").save(tmp_path)
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLORTERM": "", "COLUMNS": "80"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown = run("show", str(tmp_path), "First Citizen: speak")
+    assert re.match(r"\x1b\[30;46mFirst\x1b\[0m\x1b\[30;43m Ci", shown)
+    bare = re.sub(r"\x1b\[[\d;]*m", "", shown).splitlines()
+    assert bare[0] == "First Citizen: speak"
+    assert re.fullmatch(r" *id +piece +place *", bare[2])
+    assert len({line.rstrip().rfind("-") for line in bare[3:-1] if re.search(r" \d-\d ", line)}) <= 1
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in run("show", str(tmp_path), "First Citizen: speak")
+
+
 def test_visible_pieces_stay_on_one_line() -> None:
     assert visible("a\n\tb\r\x00\u2028é") == "a⏎⇥b␍⟨U+0000⟩⟨U+2028⟩é"
 

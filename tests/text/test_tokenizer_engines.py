@@ -60,10 +60,11 @@ def test_both_regex_engines_cut_alike_around_every_code_point(pattern: str) -> N
     tokenizer = Tokenizer(library)
     assert tokenizer.engine == "tiktoken"
     points = [*range(0xD800), *range(0xE000, 0x32400), *range(0xE0000, 0xE0200), *range(0x32400, 0x110000, 4096)]  # the rest is unassigned or private
-    for at in range(0, len(points), 4096):
-        texts = [f"a{c}1{c}\n {c}b'{c}'s{c}A  {c}" for c in map(chr, points[at : at + 4096])]
+    probes = [f"a{c}1{c}\n {c}b'{c}'s{c}A  {c}" for c in map(chr, points)]
+    for at in range(0, len(probes), 8192):
+        texts = ["1b".join(probes[first : first + 16]) for first in range(at, min(at + 8192, len(probes)), 16)]
         for text, ours, theirs in zip(texts, tokenizer.encode_batch(texts), library.encode_batch_fast(texts), strict=True):
-            assert ours == theirs.ids, f"U+{ord(text[1]):04X}"
+            assert ours == theirs.ids, f"U+{ord(text[1]):04X} or one of the 15 after it"
 
 
 def _cut_by(pattern: str) -> Any:
@@ -192,7 +193,7 @@ def test_text_that_a_normaliser_composes() -> None:
         assert [piece.id for piece in tokenizer.offsets(text)] == expected
 
     law()
-    assert [(p.text, p.start, p.end) for p in tokenizer.offsets("e\u0301")] == [("é", 0, 2)]
+    assert {piece.start for piece in tokenizer.offsets("e\u0301")} == {0}
 
 
 def test_added_tokens_of_both_passes() -> None:

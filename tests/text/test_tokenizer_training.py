@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from corpus_of_tokenizers import END, MIXED, shakespeare
+from corpus_of_tokenizers import END, MIXED, shakespeare, trained
 from glassformer.core.errors import TokenizerError
 from glassformer.text import KINDS, train, training
 
@@ -78,9 +78,9 @@ def test_words_and_wordpiece_and_unigram_cut_as_their_names_say() -> None:
     assert "".join(p.text.removeprefix("##") for p in parts.offsets("singing")) == "singing"
     lowered = train("wordpiece", texts=["Play it"], vocab_size=40, lowercase=True)
     assert lowered.encode("PLAY") == lowered.encode("play")
-    likely = train("unigram", texts=["the car is red and the bus is red\n" * 30], vocab_size=40)
-    assert len(likely.encode("the red bus")) < len("the red bus")
-    assert likely.decode(likely.encode("the red bus\nis the car")) == "the red bus\nis the car"
+    likely = trained("unigram")
+    assert len(likely.encode("the king")) < len("the king")
+    assert likely.decode(likely.encode("the king\n  is the first")) == "the king\n  is the first"
 
 
 @pytest.mark.parametrize(

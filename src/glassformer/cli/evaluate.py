@@ -12,9 +12,9 @@ import typer
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="DIR", help="The folder of a trained model.")],
     data: Annotated[list[str], typer.Option("--data", metavar="FILE_OR_FOLDER", help="The text to predict. Repeatable.")],
-    context: Annotated[int, typer.Option("--context", help="Tokens in a window.")] = 256,
-    batch: Annotated[int, typer.Option("--batch", help="Windows at a time.")] = 16,
-    windows: Annotated[int | None, typer.Option("--windows", help="At most so many windows, at even distances; by default all.")] = None,
+    context: Annotated[int, typer.Option("--context", min=1, help="Tokens in a window.")] = 256,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Windows at a time.")] = 16,
+    windows: Annotated[int | None, typer.Option("--windows", min=1, help="At most so many windows, at even distances; by default all.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps; by default the best there is.")] = None,
 ) -> None:

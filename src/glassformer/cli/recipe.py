@@ -116,6 +116,8 @@ def _from_python(path: Path) -> Recipe:
 def _from_yaml(path: Path) -> Recipe:
     try:
         plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}), so it is no recipe. Check the path.") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

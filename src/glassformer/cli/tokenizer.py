@@ -19,6 +19,8 @@ app = typer.Typer(help="Train a tokenizer, or see how one cuts a text.", no_args
 
 COLOURS = ("#c6dbef", "#fdd0a2", "#c7e9c0", "#dadaeb")
 """Pale backgrounds under black letters: they read alike on a light and on a dark terminal, and neighbours differ for colour-blind eyes too."""
+FEW_COLOURS = ("cyan", "yellow", "green", "bright_magenta")
+"""The same where the terminal has sixteen colours only, which would make two of the pale ones alike."""
 
 
 @app.command("train")
@@ -77,7 +79,7 @@ def show(
     special = frozenset(tokenizer.special.values())
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False)
     if console.is_terminal and not console.no_color:
         _print_coloured(console, pieces, given, special)
     else:
@@ -88,32 +90,33 @@ def _print_coloured(console: Console, pieces: Sequence[Piece], text: str, specia
     from rich.table import Table
     from rich.text import Text
 
-    console.print(coloured(pieces, special))
+    colours = FEW_COLOURS if console.color_system in ("standard", "windows") else COLOURS
+    console.print(coloured(pieces, special, colours), soft_wrap=True)
     console.print()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("id", "piece", "place"):
-        table.add_column(name, justify="left" if name == "piece" else "right", no_wrap=True, overflow="ignore")
+        table.add_column(name, justify="left" if name == "piece" else "right", overflow="fold")
     for at, piece in enumerate(pieces):
-        table.add_row(str(piece.id), Text(visible(piece.text), style=_style(at, piece, special)), f"{piece.start}-{piece.end}")
+        table.add_row(str(piece.id), Text.assemble((visible(piece.text), _style(at, piece, special, colours))), f"{piece.start}-{piece.end}")
     console.print(table)
     console.print(_summary(pieces, text))
 
 
-def coloured(pieces: Sequence[Piece], special: frozenset[int] = frozenset()) -> Text:
+def coloured(pieces: Sequence[Piece], special: frozenset[int] = frozenset(), colours: Sequence[str] = COLOURS) -> Text:
     """The pieces one after the other, each on its own background; line feeds also break the line."""
     from rich.text import Text
 
     line = Text()
     for at, piece in enumerate(pieces):
         shown = visible(piece.text)
-        line.append(shown, style=_style(at, piece, special))
+        line.append(shown, style=_style(at, piece, special, colours))
         if "\n" in piece.text:
             line.append("\n")
     return line
 
 
-def _style(at: int, piece: Piece, special: frozenset[int]) -> str:
-    return "bold white on #6a3d9a" if piece.id in special else f"black on {COLOURS[at % len(COLOURS)]}"
+def _style(at: int, piece: Piece, special: frozenset[int], colours: Sequence[str]) -> str:
+    return "bold #ffffff on #6a3d9a" if piece.id in special else f"black on {colours[at % len(colours)]}"
 
 
 def _print_plain(pieces: Sequence[Piece], text: str, special: frozenset[int]) -> None:

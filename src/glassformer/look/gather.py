@@ -24,8 +24,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glassformer.core.errors import InputError
+from glassformer.core.errors import InputError, TokenizerError
+from glassformer.core.flow import Pass
 from glassformer.core.tap import Record
+from glassformer.models import Encoder, Transformer
+from glassformer.parts.readout import LanguageModel
 
 from .shown import shown
 
@@ -125,8 +128,8 @@ def gather(model: Any, tokenizer: Any, text: str, *, name: str | None = None, to
     Raises :class:`InputError` for a text without tokens or of more than ``most_tokens`` tokens, for
     an encoder-decoder, and for ids that the model's vocabulary does not hold.
     """
-    ids, pieces = _tokens(tokenizer, text, most_tokens)
     card = _card(model, name)
+    ids, pieces = _tokens(tokenizer, text, most_tokens, around=card.kind == "encoder")
     if max(ids) >= card.vocab_size:
         raise InputError(
             f"The tokenizer gave token id {max(ids)}, but the model's vocabulary ends at {card.vocab_size - 1}: use the tokenizer that was saved with this model."
@@ -135,8 +138,9 @@ def gather(model: Any, tokenizer: Any, text: str, *, name: str | None = None, to
     layers = range(card.layers)
     pre = [_rows(record[f"blocks.{i}.resid_pre"]) for i in layers]
     streams = [*pre, _rows(record[f"blocks.{card.layers - 1}.resid_post"])]
-    patterns = tuple(_numpy(record[f"blocks.{i}.attn.pattern"][0]) if f"blocks.{i}.attn.pattern" in record else np.zeros((0, len(ids), len(ids)), np.float32) for i in layers)
-    lens = _lens(model, streams, logits[0], ids, causal=card.kind == "decoder", top=top) if logits.shape[-1] == card.vocab_size else None
+    patterns = tuple(_numpy(record[f"blocks.{i}.attn.pattern"][0]) for i in layers)
+    reads_tokens = isinstance(model.spec.readout, LanguageModel)
+    lens = _lens(model, streams, logits[0], ids, causal=card.kind == "decoder", top=top) if reads_tokens else None
     seen = sorted({*ids, *(lens.ids.ravel().tolist() if lens else ())})
     vocabulary = {i: _piece(tokenizer, i) for i in seen}
     return Inside(text, card, ids, pieces, patterns, _norms(record, streams), lens, vocabulary)
@@ -145,8 +149,9 @@ def gather(model: Any, tokenizer: Any, text: str, *, name: str | None = None, to
 # Text and model
 
 
-def _tokens(tokenizer: Any, text: str, most: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    ids = tuple(int(i) for i in tokenizer.encode(text))
+def _tokens(tokenizer: Any, text: str, most: int, *, around: bool) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Ids and display forms; ``around`` adds what the tokenizer puts around a text ([CLS], [SEP]), which encoders are trained with."""
+    ids = tuple(int(i) for i in tokenizer.encode(text, add_special=around))
     if not ids:
         raise InputError(f"The text {text!r} has 0 tokens, but a page needs at least 1: give some text.")
     if len(ids) > most:
@@ -157,18 +162,23 @@ def _tokens(tokenizer: Any, text: str, most: int) -> tuple[tuple[int, ...], tupl
 
 
 def _piece(tokenizer: Any, i: int) -> str:
-    """What the tokenizer calls an id; a model's vocabulary may be padded beyond the tokenizer's."""
-    return shown(str(tokenizer.piece(i))) if i < int(tokenizer.vocab_size) else f"‹{i}›"
+    """What the tokenizer calls an id; a model's vocabulary may have room beyond the tokenizer's."""
+    try:
+        return shown(tokenizer.piece(i))
+    except TokenizerError:
+        return f"‹{i}›"
 
 
 def _card(model: Any, name: str | None) -> Card:
     spec = model.spec
     kind = type(spec).__name__
-    if not hasattr(spec, "blocks"):
-        raise InputError(f"A page shows a decoder or an encoder, but this model is {_a(kind)}: give one of its two halves, such as model.encoder, with its tokenizer.")
+    if not isinstance(spec, Transformer):
+        raise InputError(f"A page shows a decoder or an encoder, but this model is an {kind}, which reads two texts: give its encoder (model.encoder).")
+    if any(block.cross is not None for block in spec.blocks):
+        raise InputError("This decoder has cross-attention and reads a second text, but a page shows one text: give a model without cross-attention.")
     return Card(
         name=name or kind,
-        kind="encoder" if kind.startswith("Encoder") else "decoder",
+        kind="encoder" if isinstance(spec, Encoder) else "decoder",
         layers=len(spec.blocks),
         d_model=int(spec.d_model),
         vocab_size=int(spec.vocab_size),
@@ -176,20 +186,16 @@ def _card(model: Any, name: str | None) -> Card:
     )
 
 
-def _a(noun: str) -> str:
-    return f"{'an' if noun[:1] in 'AEIOU' else 'a'} {noun}"
-
-
 @torch.no_grad()
 def _run(model: Any, ids: Sequence[int]) -> tuple[Record, Tensor]:
-    record = Record("blocks.*.attn.pattern", "blocks.*.resid_pre", "blocks.*.resid_post", "blocks.*.attn.out", "blocks.*.ffn.out", "blocks.*.experts.out")
+    known = {site.path for site in model.sites()}
+    wanted = ("attn.pattern", "resid_pre", "resid_post", "attn.out", "ffn.out", "experts.out")
+    # A pattern that meets no site is an error, so a model without experts is not asked for them.
+    record = Record(*(f"blocks.*.{site}" for site in wanted if any(path.endswith(f".{site}") for path in known)))
     device = next(model.parameters()).device
     training = bool(model.training)
     model.eval()
     try:
-        known = {site.path for site in model.sites()}
-        wanted = [p for p in record.patterns() if any(p.meets(path) for path in known)]
-        record = Record(*(p.text for p in wanted))
         logits = model(torch.tensor([list(ids)], device=device), tap=record)
     finally:
         model.train(training)
@@ -204,10 +210,12 @@ def _lens(model: Any, streams: Sequence[Tensor], logits: Tensor, ids: Sequence[i
     """Read every stream [t d] as the model reads its last; the last row is ``logits`` [t v], the model's own."""
     after = torch.tensor([*ids[1:], -1] if causal else list(ids), device=logits.device)
     choice = logits.argmax(-1)
+    index = torch.arange(len(ids), device=logits.device)
+    p = Pass(positions=index, index=index)
     rows: list[dict[str, Any]] = []
     for depth in range(len(streams)):
         last = depth == len(streams) - 1
-        scores = logits if last else model.readout(model.final_norm(streams[depth]))
+        scores = logits if last else model.readout(model.final_norm(streams[depth][None], p), p)[0]
         rows.append(_read(scores.float(), choice, after, min(top, logits.shape[-1])))
     names = ("embedding", *(f"block {i}" for i in range(len(streams) - 2)), "output")
 
@@ -262,7 +270,7 @@ def _norms(record: Record, streams: Sequence[Tensor]) -> Norms:
 
 def _close(a: Tensor, b: Tensor) -> bool:
     """Equal up to the rounding of the model's own dtype, measured against the longest stream."""
-    room = 64 * torch.finfo(a.dtype).eps * max(float(b.float().abs().max()), 1e-30)
+    room = 8 * torch.finfo(a.dtype).eps * max(float(b.float().abs().max()), 1e-30)
     return bool((a.float() - b.float()).abs().max() <= room)
 
 

@@ -37,7 +37,7 @@ const thumbs = D.patterns.heads.map((n, l) => Array.from({ length: n }, (_, h) =
 }));
 {
   const grid = $("grid");
-  grid.style.gridTemplateColumns = `max-content repeat(${MOST}, clamp(44px, ${Math.floor(1100 / MOST)}px, 150px))`;
+  grid.style.gridTemplateColumns = `max-content repeat(${MOST}, minmax(44px, 150px))`;
   grid.append(el("span", { class: "name" }), ...Array.from({ length: MOST }, (_, h) => el("span", { class: "name head" }, h === 0 && MOST > 1 ? "head 0" : `${h}`)));
   thumbs.forEach((row, l) => {
     grid.append(el("span", { class: "name layer" }, MOST > 0 && l === 0 ? "layer 0" : `${l}`), ...row);
@@ -178,9 +178,11 @@ function layMap() {
   const widest = Math.min(88, Math.max(...D.pieces.map((p) => probe.measureText(p).width)) + 8);
   const left = Math.ceil(widest) + 14, top = Math.ceil(widest) + 14;
   const room = canvas.parentElement.clientWidth - left - 2;
-  const cell = Math.max(T > 150 ? 2 : T > 60 ? 5 : 12, Math.min(30, Math.floor(room / T)));
+  const tall = Math.max(300, innerHeight - $("strip").offsetHeight - top - 270); // the whole panel fits a window, where it can
+  const cell = Math.max(T > 150 ? 2 : T > 60 ? 5 : 12, Math.min(30, Math.floor(Math.min(room, tall) / T)));
   const width = left + cell * T + 1, height = top + cell * T + 1, ratio = Math.min(devicePixelRatio || 1, 3);
-  for (const c of [canvas]) { c.width = width * ratio; c.height = height * ratio; c.style.width = `${width}px`; c.style.height = `${height}px`; }
+  Object.assign(canvas, { width: width * ratio, height: height * ratio });
+  Object.assign(canvas.style, { width: `${width}px`, height: `${height}px` });
   const base = document.createElement("canvas");
   base.width = canvas.width;
   base.height = canvas.height;

@@ -35,10 +35,21 @@ function lensMove(r, t) {
 }
 const lensAt = (event) => { const td = event.target.closest("td[data-r]"); return td ? [Number(td.dataset.r), Number(td.dataset.t)] : null; };
 
+// The pinned column is brought into view sideways; the page itself stays where it is.
+let shownPin = null;
+function showColumn() {
+  if (shownPin === state.pin) return;
+  shownPin = state.pin;
+  const box = $("lens-scroll"), cell = lensColumns[state.pin][0], name = box.querySelector("th").offsetWidth;
+  if (cell.offsetLeft < box.scrollLeft + name || cell.offsetLeft + cell.offsetWidth > box.scrollLeft + box.clientWidth) {
+    box.scrollLeft = cell.offsetLeft + cell.offsetWidth - Math.max(box.clientWidth * 0.75, name + cell.offsetWidth);
+  }
+}
 let marked = null, markedCell = null;
 drawers.push(function drawLens() {
   if (!L) return;
   const t = token(), r = depth();
+  showColumn();
   if (marked !== t) {
     for (const node of lensColumns[marked] ?? []) node.classList.remove("column");
     for (const node of lensColumns[t]) node.classList.add("column");

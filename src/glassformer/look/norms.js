@@ -11,13 +11,13 @@ function svg(tag, attributes = {}, ...children) {
   node.append(...children);
   return node;
 }
-// A round number at or above x: 1, 2 or 5 times a power of ten.
+// A round number at or above x.
 function above(x) {
   const power = 10 ** Math.floor(Math.log10(Math.max(x, 1e-12)));
-  return [1, 2, 5, 10].find((m) => m * power >= x * 0.9999) * power;
+  return [1, 1.2, 1.6, 2, 3, 4, 5, 6, 8, 10].find((m) => m * power >= x * 0.9999) * power;
 }
 drawers.push(function drawNorms() {
-  const t = token(), n = D.norms.attn.length, width = Math.max(300, Math.min(900, $("norms").clientWidth)), left = 46, right = 8, high = 120, gap = 46, top = 24;
+  const t = token(), n = D.norms.attn.length, width = Math.max(300, Math.min(900, $("norms").clientWidth)), left = 46, right = 8, high = 120, gap = 58, top = 24;
   const at = (list) => list.map((row) => row[t]), attn = at(D.norms.attn), ffn = at(D.norms.ffn), stream = at(D.norms.stream);
   // One scale for all tokens of a panel: bars of two tokens can be compared.
   const most = above(Math.max(...D.norms.attn.flat(), ...D.norms.ffn.flat(), 1e-9)), long = above(Math.max(...D.norms.stream.flat(), 1e-9));

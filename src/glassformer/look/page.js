@@ -106,7 +106,7 @@ function legend(node, zero) {
   const bar = el("canvas", { width: 150, height: 1, role: "img", "aria-label": "Colour scale from 0 to 1, shaded by the square root" });
   const c = bar.getContext("2d");
   for (let x = 0; x < 150; x++) { c.fillStyle = `rgb(${rgb((x / 149) ** 2)})`; c.fillRect(x, 0, 1, 1); }
-  node.replaceChildren("0", bar, "1", "(√ scale)", ...(zero ? [el("span", { class: "blank", role: "img", "aria-label": "hatched" }), "0: masked"] : []));
+  node.replaceChildren("0", bar, "1 (shade: square root)", ...(zero ? [el("span", { class: "blank", role: "img", "aria-label": "hatched" }), "masked: exactly 0"] : []));
 }
 const css = (name) => { // the value of a light-dark() colour, as the canvas understands it
   const probe = el("i");
@@ -211,6 +211,7 @@ $("chips").addEventListener("keydown", (event) => {
 for (const input of document.querySelectorAll("input[name=by]")) input.addEventListener("change", () => { state.by = input.value; keep(); redraw(); });
 
 const brief = (w) => (w === 0 ? "" : Math.abs(w) < 0.005 ? "<.01" : w.toFixed(2));
+new ResizeObserver(() => document.documentElement.style.setProperty("--strip", `${$("strip").offsetHeight}px`)).observe($("strip"));
 drawers.push(function drawTokens() {
   const t = token(), row = line(t);
   chips.forEach((chip, i) => {

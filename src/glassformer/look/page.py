@@ -92,7 +92,7 @@ def data(inside: Inside) -> dict[str, Any]:
             "vocab_size": inside.card.vocab_size,
             "parameters": inside.card.parameters,
         },
-        "text": inside.text,
+        "text": shown_text(inside.text),
         "ids": list(inside.ids),
         "pieces": list(inside.pieces),
         "vocabulary": {str(i): piece for i, piece in inside.vocabulary.items()},
@@ -142,6 +142,11 @@ def unpack(packed: str, heads: int, tokens: int, packing: str) -> Floats:
 def shown_line(text: str) -> str:
     """A name on one line: spaces stay, other control characters are made visible."""
     return " ".join(shown(word) for word in text.split(" ") if word)
+
+
+def shown_text(text: str) -> str:
+    """A text as it is read: spaces and line breaks stay, characters that would disturb the page are made visible."""
+    return "".join(shown(word) if word.strip(" \n") else word for word in re.split(r"([ \n]+)", text))
 
 
 def _check_size(inside: Inside, packing: str) -> None:

@@ -122,9 +122,9 @@ class Anatomy:
     def bytes(self) -> Bytes:
         """Bytes of weights, and of cached keys and values per token of one row."""
         weights = {id(x): x.numel() * x.element_size() for _, x in self.named_parameters()}
-        cache = sum(
-            m.n_kv_heads * (m.d_head + m.d_value) * m.out.weight.element_size() for m in self.modules() if isinstance(m, AttentionLayer) and _causal(self)
-        )
+        half: Any = getattr(self, "decoder", self)  # an encoder reads its text once and keeps no keys
+        layers = [m for m in half.modules() if isinstance(m, AttentionLayer) and _causal(half)]
+        cache = sum(m.n_kv_heads * (m.d_head + m.d_value) * m.out.weight.element_size() for m in layers)
         return Bytes(sum(weights.values()), cache)
 
     def dimensions(self, text: str | list[int] | int, tokenizer: Any = None) -> Dimensions:

@@ -221,8 +221,7 @@ class TransformerModel(Anatomy, nn.Module):
             raise InputError(f"lengths={counts} do not fit tokens of shape ({b}, {t}): one length per row, none above {t}.")
         start = 0 if cache is None else cache.length
         index = torch.arange(t, device=device) if cache is None else cache.open(b, t, counts, device)
-        if positions is None:
-            check_positions(self.position, start + t - 1)
+        check_positions(self.position, start + t - 1 if positions is None else positions)
         rule = self.spec.mask if mask is None else self.spec.mask & mask
         real = None if counts is None else torch.as_tensor(counts, device=device)
         if real is not None and not isinstance(self.spec.mask, Causal):
@@ -300,6 +299,8 @@ def kept(h: Tensor, keep: int | Tensor | None) -> Tensor:
     if keep is None:
         return h
     if isinstance(keep, int):
+        if keep < 1:
+            raise InputError(f"keep={keep} reads out nothing: give the number of last positions, at least 1, or None for all.")
         return h[:, -keep:]
     return h[torch.arange(h.shape[0], device=h.device), keep.to(h.device)][:, None]
 

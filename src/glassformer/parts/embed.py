@@ -122,7 +122,13 @@ class EmbeddingLayer(nn.Module):
         return F.embedding(tokens, self.weight)
 
 
-def check_positions(position: PositionLayer, last: int) -> None:
-    """Raise :class:`InputError` if the model has no position ``last`` (counted from 0)."""
-    if isinstance(position, LearnedLayer):
-        position.check(last)
+def check_positions(position: PositionLayer, asked: int | Tensor) -> None:
+    """Raise :class:`InputError` if the model does not have the last position, or one of those given (counted from 0)."""
+    if not isinstance(position, LearnedLayer):
+        return
+    if isinstance(asked, int):
+        position.check(asked)
+    elif asked.device.type == "cpu" and not torch.compiler.is_compiling():
+        if int(asked.min()) < 0:
+            raise InputError(f"Position {int(asked.min())} was given, but positions are counted from 0.")
+        position.check(int(asked.max()))

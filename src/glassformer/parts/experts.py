@@ -74,6 +74,8 @@ class ExpertsLayer(nn.Module):
 
     def route(self, x: Tensor, chosen: Tensor, weights: Tensor, p: Pass) -> Tensor:
         """Each expert reads the tokens that chose it; their outputs are added up by weight."""
+        if x.is_meta:  # shapes only: nothing is chosen where there are no values
+            return torch.empty_like(x)
         inner = replace(p, tap=None)  # an expert sees an odd lot of tokens: its inside has no axes of its own
         flat, out = x.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
         chosen, weights = chosen.flatten(0, 1), weights.flatten(0, 1)

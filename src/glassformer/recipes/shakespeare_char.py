@@ -7,7 +7,7 @@ The demo (``make demo``) is this recipe. To make your own, copy this file, chang
 
 from __future__ import annotations
 
-from glassformer import Attention, Block, Cosine, Decoder, Muon, Plain, Recipe, RMSNorm, Rotary, TrainTokenizer
+from glassformer import AdamW, Attention, Block, Cosine, Decoder, Muon, Plain, Recipe, RMSNorm, Rotary, TrainTokenizer
 
 
 def recipe() -> Recipe:
@@ -16,10 +16,11 @@ def recipe() -> Recipe:
         model=Decoder(vocab_size=65, d_model=128, blocks=(block,) * 4),
         data="tinyshakespeare",
         tokenizer=TrainTokenizer("characters"),
-        optimizer=Muon(),
+        optimizer=Muon(lr=1e-2, rest=AdamW(lr=6e-3)),  # high rates and small batches: the run is short (docs/log.md)
         schedule=Cosine(),
         seconds=100,
-        batch=32,
+        batch=8,
         context=128,
+        evaluate_windows=80,
         sample="ROMEO:",
     )

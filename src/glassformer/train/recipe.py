@@ -115,6 +115,8 @@ class Recipe(Spec):
     def __post_init__(self) -> None:
         if self.steps is None and self.seconds is None:
             raise SpecError("A recipe needs a budget: steps=2000, seconds=100, or both.")
+        if (self.steps is not None and self.steps < 1) or (self.seconds is not None and self.seconds <= 0):
+            raise SpecError(f"A budget is above zero; steps={self.steps} and seconds={self.seconds} were given.")
         if not 0 <= self.validation < 1:
             raise SpecError(f"validation is a share of the text, from 0 up to but not including 1; {self.validation} was given.")
 

@@ -102,8 +102,9 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise WeightsError(f"{file} cannot be read as JSON ({error}): copy it again from where it came.") from error
     if not isinstance(about, dict) or "spec" not in about:
         raise WeightsError(f"{file} is JSON, but describes no model ('spec' is missing): is it the right file?")
-    if about.get("format", 0) > FORMAT:
-        raise WeightsError(f"{file} has format {about['format']}, but this version reads up to {FORMAT}: update glassformer.")
+    version = about.get("format", 0)
+    if not isinstance(version, int) or version > FORMAT:
+        raise WeightsError(f"{file} has format {version!r}, but this version reads up to {FORMAT}: update glassformer.")
     return about
 
 

@@ -1,0 +1,130 @@
+"""What a model says about Specs that cannot be built and inputs that it cannot take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tools import D, VOCAB, built, tokens
+
+from glassformer.core.errors import InputError, SpecError
+from glassformer.core.mask import Window
+from glassformer.models import Block, Decoder, Encoder, EncoderDecoder
+from glassformer.models.init import Declared, Init, Normal, Rule
+from glassformer.parts.attention import Attention
+from glassformer.parts.experts import Experts
+from glassformer.parts.feedforward import Gated, Plain
+from glassformer.parts.norm import RMSNorm
+from glassformer.parts.position import ALiBi, Learned, Rotary, Sinusoidal
+from glassformer.parts.wiring import Parallel
+
+BLOCK = Block(Attention(4))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Attention(4, n_kv_heads=3), r"Attention has n_heads=4 and n_kv_heads=3: the first must be a multiple of the second\."),
+        (lambda: Attention(0), r"Attention has n_heads=0 and n_kv_heads=0"),
+        (lambda: Attention(4, position=Learned(3)), r"Learned adds to the embedding: give it to the model \(Decoder\(position=\.\.\.\)\), not to Attention\."),
+        (lambda: Attention(4, position=Sinusoidal()), r"Sinusoidal adds to the embedding"),
+        (lambda: Attention(4, cap=0.0), r"Attention\(cap=0\.0\): a soft-cap is above zero, or None for none\."),
+        (lambda: Attention(4, dropout=1.0), r"Attention\(dropout=1\.0\): a dropout rate lies in \[0, 1\)\."),
+        (lambda: Block(Attention(4), dropout=-0.1), r"Block\(dropout=-0\.1\): a dropout rate lies in \[0, 1\)\."),
+        (lambda: Attention(5).build(24), r"d_model=24 is no multiple of n_heads=5: change one of them, or give d_head\."),
+        (lambda: Plain(8, act="gelv"), r"No activation is named 'gelv'\. Did you mean 'gelu'.* Known: relu, gelu, "),
+        (lambda: Gated(8, act="swish"), r"No activation is named 'swish'\."),
+        (lambda: RMSNorm(cast="never"), r"RMSNorm\(cast='never'\): cast is 'early' \(Llama\) or 'late' \(Gemma\)\."),
+        (lambda: Parallel(norms=3), r"Parallel\(norms=3\): one norm for both branches, or two\."),
+        (lambda: Block(Attention(4), cross=Attention(4), wiring=Parallel()).build(D, D), r"Parallel wiring .* no place for cross-attention: use PreNorm or PostNorm\."),
+        (lambda: Experts(4, 5), r"Experts\(top_k=5\) of n_experts=4: choose at least 1 and at most all\."),
+        (lambda: Experts(4, 0), r"Experts\(top_k=0\)"),
+        (lambda: Rotary(layout="whole"), r"Rotary\(layout='whole'\): layout is 'half' \(Llama\) or 'interleaved' \(GPT-J\)\."),
+        (lambda: Rotary(fraction=0.0), r"Rotary\(fraction=0\.0\): a fraction lies above 0 and is at most 1\."),
+        (lambda: Rotary(fraction=1.5), r"Rotary\(fraction=1\.5\)"),
+        (lambda: Rotary().build(24, 4, 5), r"Rotary turns pairs, but fraction 1\.0 of d_head 5 is 5 features: choose an even number of them\."),
+        (lambda: Rotary(fraction=0.1).build(24, 4, 8), r"is 0 features: choose an even number"),
+        (lambda: Sinusoidal(layout="half"), r"Sinusoidal\(layout='half'\): layout is 'interleaved' \(the paper\) or 'halves' \(tensor2tensor\)\."),
+        (lambda: Attention(4, position=ALiBi()).build_cross(D, D), r"Cross-attention takes no position encoding, but ALiBi was given: use NoPosition\(\)\."),
+        (lambda: Decoder(0, D, (BLOCK,)), r"Decoder has vocab_size=0; it is at least 1\."),
+        (lambda: Encoder(VOCAB, 0, (BLOCK,)), r"Encoder has d_model=0; it is at least 1\."),
+        (lambda: Decoder(VOCAB, D, (BLOCK,), position=Rotary()), r"Rotary turns queries and keys: give it to Attention\(position=\.\.\.\), not to the model\."),
+        (
+            lambda: EncoderDecoder(Encoder(VOCAB, D, (BLOCK,)), Decoder(VOCAB, D, (BLOCK,))),
+            r"A decoder block of this encoder-decoder has no cross-attention: give every one of them Block\(cross=Attention\(\.\.\.\)\)\.",
+        ),
+        (
+            lambda: EncoderDecoder(Encoder(9, D, (BLOCK,)), Decoder(VOCAB, D, (BLOCK.replace(cross=Attention(4)),))),
+            r"A shared embedding needs equal sizes, but the encoder has vocab_size=9, d_model=24 and the decoder vocab_size=31, d_model=24: make them equal, or set shared=False\.",
+        ),
+        (lambda: Decoder(VOCAB, D, (BLOCK,)).build(dtype="bf17"), r"No data type is named 'bf17'\. Did you mean 'bf16'"),
+    ],
+)
+def test_a_spec_that_cannot_be_built(make, said):
+    with pytest.raises(SpecError, match=said):
+        make()
+
+
+def test_a_parameter_that_no_rule_claims():
+    spec = Decoder(VOCAB, D, (BLOCK,), init=Init((Rule(("embed.weight",), Normal()),)))
+    with pytest.raises(
+        SpecError, match=r"No initialisation rule claims the parameter 'blocks\.0\.attn\.out\.weight' \(24, 24\): add a Rule\(\('weight',\), \.\.\.\) to the model's init table\."
+    ):
+        spec.build(seed=0)
+    undeclared = Decoder(VOCAB, D, (BLOCK,), init=Init((Rule(("weight", "bias", "matrix"), Declared()),)))
+    with pytest.raises(SpecError, match=r"EmbeddingLayer declares no starting value for 'weight': give it a rule with a distribution of its own\."):
+        undeclared.build(seed=0)
+    spec.build(device="meta")  # without memory there is nothing to fill
+
+
+def test_rules_claim_whole_names():
+    rule = Rule(("q.weight", "bias"), Normal())
+    assert rule.claims("q.weight") and rule.claims("blocks.0.attn.q.weight") and rule.claims("x.bias")
+    assert not rule.claims("blocks.0.attn.seq.weight") and not rule.claims("x.rebias")
+
+
+# Inputs
+
+
+@pytest.mark.parametrize(
+    ("name", "give", "said"),
+    [
+        ("llama", lambda m: m(), r"Neither tokens nor inputs_embeds were given: a model reads one of them\."),
+        ("llama", lambda m: m(tokens(), inputs_embeds=torch.zeros(2, 9, D)), r"Both tokens and inputs_embeds were given: a model reads one of them\."),
+        ("llama", lambda m: m(tokens()[0]), r"Tokens have shape \(9,\), but a model reads \[batch, position\]: for one row use tokens\[None\]\."),
+        ("llama", lambda m: m(tokens()[:, :0]), r"The rows hold no tokens: a model needs at least one position\."),
+        ("llama", lambda m: m(tokens() + 31), r"Token id \d+ is outside this model's vocabulary of 31: encode the text with the model's own tokenizer\."),
+        ("llama", lambda m: m(tokens() * 0 - 1), r"Token id -1 is outside this model's vocabulary of 31"),
+        ("llama", lambda m: m(tokens(), lengths=[9]), r"lengths=\[9\] do not fit tokens of shape \(2, 9\): one length per row, none above 9\."),
+        ("llama", lambda m: m(tokens(), lengths=[9, 10]), r"lengths=\[9, 10\] do not fit"),
+        ("llama", lambda m: m(tokens(), lengths=[9, -1]), r"lengths=\[9, -1\] do not fit"),
+        ("llama", lambda m: m(tokens(), types=tokens() * 0), r"Token types were given, but this model has none: build it with Embedding\(n_types=2\), or leave them out\."),
+        ("llama", lambda m: m(tokens(), keep=0), r"keep=0 reads out nothing: give the number of last positions, at least 1, or None for all\."),
+        ("llama", lambda m: m.states(tokens(), keep=1), r"states\(\) takes no option 'keep'; it takes inputs_embeds, positions, "),
+        ("gpt2", lambda m: m(tokens(1, 41)), r"This model has learned 40 positions, but position 40 was asked for: shorten the text to 40 tokens\."),
+        ("gpt2", lambda m: m(tokens(1, 3), positions=torch.tensor([0, 1, 40])), r"This model has learned 40 positions, but position 40 was asked for"),
+        ("gpt2", lambda m: m(tokens(1, 3), positions=torch.tensor([-1, 0, 1])), r"Position -1 was given, but positions are counted from 0\."),
+        ("bert", lambda m: m(tokens(1, 25)), r"This model has learned 24 positions, but position 24 was asked for"),
+        ("t5", lambda m: m.decode(tokens(), None), r"This decoder attends to an encoder's output, but none was given: call it with memory=encoder_states\."),
+    ],
+)
+def test_an_input_that_a_model_cannot_take(name, give, said):
+    with pytest.raises(InputError, match=said):
+        give(built(name))
+
+
+def test_a_cache_beyond_the_learned_positions():
+    model = built("gpt2")
+    cache = model.cache(capacity=64)
+    model(tokens(1, 40), cache=cache)
+    with pytest.raises(InputError, match=r"learned 40 positions, but position 40 was asked for"):
+        model(tokens(1, 1), cache=cache)
+
+
+def test_a_window_of_one_layer_does_not_need_the_others_to_have_one():
+    model = Decoder(VOCAB, D, (BLOCK, BLOCK.at("attention.mask").set(Window(3)))).build(seed=0)
+    assert model(tokens()).shape == (2, 9, VOCAB)
+
+
+def test_a_model_without_blocks_is_an_embedding_and_a_read_out():
+    model = Decoder(VOCAB, D, (), tied=True).build(seed=0)
+    assert model(tokens()).shape == (2, 9, VOCAB) and [s.path for s in model.sites()] == ["embed", "final_norm.scale", "resid_final", "logits"]
