@@ -64,5 +64,3 @@ def check_shapes(model: Any, ids: Tensor, source_t: int = 7) -> None:
         for axis, n in zip(axes, shape, strict=True):
             assert n in allowed[axis], f"{path}: axis {axis} is {n}, declared {allowed[axis]}"
         assert declared[path].meaning
-
-

@@ -1,8 +1,8 @@
 """What the truth tests share: a list of small models in which every registered part appears, and ways to call them alike.
 
-    @each(DECODERS)                      one test per variant
-    model = built("llama")               random weights, large enough that every part matters
-    logits = call(model, ids)            an encoder-decoder is given a fixed source
+@each(DECODERS)                      one test per variant
+model = built("llama")               random weights, large enough that every part matters
+logits = call(model, ids)            an encoder-decoder is given a fixed source
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from glassformer.core.flow import Pass
 from glassformer.core.mask import Causal, Not, Window
 from glassformer.core.spec import Spec
 from glassformer.models import Block, Decoder, Encoder, EncoderDecoder, EncoderDecoderModel
@@ -209,6 +210,12 @@ def call(model: Any, ids: Tensor | None, **options: Any) -> Tensor:
         b = ids.shape[0]
         return model(source(b), ids, source_lengths=[SOURCE_LENGTHS[i % 3] for i in range(b)], **options)
     return model(ids, **options)
+
+
+def a_pass(t: int = T) -> Pass:
+    """Side inputs for a part that is called by itself."""
+    index = torch.arange(t)
+    return Pass(positions=index, index=index)
 
 
 def half(model: Any) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tools import built, tokens
 
 from glassformer.core.cache import NO_CACHE, Cache, Clock
 from glassformer.core.errors import CacheError
+from tools import built, tokens
 
 
 def filled(name: str = "llama", t: int = 9, **options: object) -> Cache:
@@ -45,7 +45,9 @@ def test_forgetting_too_much():
 def test_a_ring_cannot_give_back_what_it_overwrote():
     cache = filled("window", capacity=64)
     with pytest.raises(
-        CacheError, match=r"This cache has a ring of 4 places for a window of 4, so 2 tokens of a row of 9 can no longer be forgotten\. Make the cache with rewind=2 or more\."
+        CacheError,
+        match=r"This cache has a ring of 4 places for a window of 4, so 2 tokens of a row of 9 can no longer be forgotten\. "
+        r"Make the cache with rewind=2 or more\.",
     ):
         cache.rewind(2)
     assert cache.lengths == [9, 9]

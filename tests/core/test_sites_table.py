@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from tools import ALL, built
-
 from glassformer.core.sites import HEAD_AXIS, TABLE
+from tools import ALL, built
 
 LETTERS = set("bthsgkdfvec1")
 # As the design names them.

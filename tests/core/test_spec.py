@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from glassformer.core.errors import SpecError, did_you_mean
 from glassformer.core.mask import Causal, Everything, Mask, Window
@@ -28,8 +27,8 @@ SPEC = Decoder(31, 24, (BLOCK,) * 3)
 def test_specs_are_frozen_comparable_and_hashable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SPEC.d_model = 5
-    assert SPEC == Decoder(31, 24, (BLOCK,) * 3) and hash(SPEC) == hash(Decoder(31, 24, (BLOCK,) * 3))
-    assert SPEC != SPEC.replace(d_model=32)
+    assert Decoder(31, 24, (BLOCK,) * 3) == SPEC and hash(SPEC) == hash(Decoder(31, 24, (BLOCK,) * 3))
+    assert SPEC.replace(d_model=32) != SPEC
     assert LayerNorm() != RMSNorm()
     assert len({SPEC, SPEC.replace(), SPEC.replace(tied=True)}) == 2
 
@@ -122,12 +121,17 @@ def test_print_draws_a_tree():
 
 def test_plain_data_folds_runs_and_names_types():
     data = SPEC.to_dict()
-    assert data["type"] == "Decoder" and data["blocks"][0]["repeat"] == 3 and data["blocks"][0]["of"]["norm"] == {
-        "type": "RMSNorm",
-        "eps": 1e-5,
-        "offset": 0.0,
-        "cast": "early",
-    }
+    assert (
+        data["type"] == "Decoder"
+        and data["blocks"][0]["repeat"] == 3
+        and data["blocks"][0]["of"]["norm"]
+        == {
+            "type": "RMSNorm",
+            "eps": 1e-5,
+            "offset": 0.0,
+            "cast": "early",
+        }
+    )
     assert Transformer.from_dict(data) == SPEC
     local = BLOCK.at("attention.mask").set(Window(4))
     mixed = SPEC.replace(blocks=((local,) * 5 + (BLOCK,)) * 2)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from tools import built, call, source, tokens
+from hypothesis import given, strategies as st
 
 from glassformer.core.errors import SiteError
 from glassformer.core.tap import Chain, Edit, Pattern, Record, Tap
+from tools import built, call, source, tokens
 
 
 @pytest.mark.parametrize(
@@ -81,8 +80,14 @@ def test_a_pattern_that_cannot_be_read_says_why(pattern, said):
 @pytest.mark.parametrize(
     ("pattern", "said"),
     [
-        ("blocks.*.attn.patern", r"'blocks\.\*\.attn\.patern' meets no site of this model\. Did you mean 'blocks\.\*\.attn\.pattern'.* model\.sites\(\) lists them all\."),
-        ("blocks.7.attn.z", r"'blocks\.7\.attn\.z' meets no site of this model\. Did you mean 'blocks\.0\.attn\.z', 'blocks\.1\.attn\.z'|Did you mean 'blocks\.1\.attn\.z'"),
+        (
+            "blocks.*.attn.patern",
+            r"'blocks\.\*\.attn\.patern' meets no site of this model\. Did you mean 'blocks\.\*\.attn\.pattern'.* model\.sites\(\) lists them all\.",
+        ),
+        (
+            "blocks.7.attn.z",
+            r"'blocks\.7\.attn\.z' meets no site of this model\. Did you mean 'blocks\.0\.attn\.z', 'blocks\.1\.attn\.z'|Did you mean 'blocks\.1\.attn\.z'",
+        ),
         ("step.0.blocks.0.ffn.gat", r"Did you mean 'blocks\.0\.ffn\.gate'"),
         ("encoder.**.z", r"'encoder\.\*\*\.z' meets no site"),
         ("blocks.0.cross.z", r"meets no site of this model"),
@@ -140,7 +145,9 @@ def test_a_record_in_the_order_of_computation():
 
 def test_a_record_says_what_it_has_not():
     tap = recorded()
-    with pytest.raises(SiteError, match=r"'blocks\.0\.attn\.zz' was not recorded\. Did you mean 'blocks\.0\.attn\.z', 'blocks\.1\.attn\.z'\? Recorded: 4 sites\."):
+    with pytest.raises(
+        SiteError, match=r"'blocks\.0\.attn\.zz' was not recorded\. Did you mean 'blocks\.0\.attn\.z', 'blocks\.1\.attn\.z'\? Recorded: 4 sites\."
+    ):
         tap["blocks.0.attn.zz"]
     with pytest.raises(SiteError, match=r"'logits' was not recorded\. Nothing is recorded yet: pass this tap to a model call\."):
         Record("logits")["logits"]
@@ -173,7 +180,9 @@ def test_a_record_may_live_elsewhere():
 
 
 def test_an_edit_keeps_the_shape():
-    with pytest.raises(SiteError, match=r"The edit at 'blocks\.0\.attn\.z' returned shape \(2, 9, 2, 6\), but the value has shape \(2, 9, 4, 6\): keep the shape\."):
+    with pytest.raises(
+        SiteError, match=r"The edit at 'blocks\.0\.attn\.z' returned shape \(2, 9, 2, 6\), but the value has shape \(2, 9, 4, 6\): keep the shape\."
+    ):
         built("llama")(tokens(), tap=Edit("blocks.0.attn.z", lambda z: z[:, :, :2]))
     with pytest.raises(SiteError, match=r"returned shape \(2, 9, 2, 6\), but the value has shape \(2, 9, 1, 6\)"):
         built("llama")(tokens(), tap=Edit("blocks.0.attn.z[3]", lambda z: z.expand(-1, -1, 2, -1)))

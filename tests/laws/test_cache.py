@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tools import CAUSAL, DECODERS, PAIRS, SOURCE_LENGTHS, T, VOCAB, built, call, each, fresh, half, same, source, tokens
 from torch import Tensor
 
 from glassformer.core.cache import Cache, Dense, Growing, Once, Ring
 from glassformer.core.mask import SameDocument
 from glassformer.core.tap import Record
+from tools import CAUSAL, DECODERS, PAIRS, SOURCE_LENGTHS, VOCAB, T, built, call, each, fresh, half, same, source, tokens
 
 F64 = torch.float64
 WINDOWED = ["window", "window-biased", "gemma2", "plus-one", "sigmoid-bias", "unlike-halves"]
@@ -34,7 +34,7 @@ def test_cached_equals_uncached(name, capacity):
     model, ids = built(name), tokens()
     with torch.no_grad():
         whole = call(model, ids)
-        for cuts in ([1] * T, [4, 1, 3, 1], [6, 1, 1, 1], [1, 8], [T]):
+        for cuts in ([1] * T, [4, 1, 3, 1], [T]):
             cache = model.cache(batch=2, capacity=capacity)
             same(cached(model, ids, cache, cuts), whole, what=f"pieces {cuts}")
             assert cache.lengths == [T, T] and cache.length == T and cache.batch == 2

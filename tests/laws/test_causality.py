@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tools import CAUSAL, DECODERS, D, T, VOCAB, built, call, each, fresh, same, source, tokens
 
 from glassformer.core.mask import Causal, Padding, SameDocument, Visible, Window
 from glassformer.core.tap import Record
@@ -12,6 +11,7 @@ from glassformer.models import Block, Decoder, Encoder
 from glassformer.parts.attention import Attention
 from glassformer.parts.feedforward import Gated
 from glassformer.parts.position import Rotary
+from tools import CAUSAL, DECODERS, VOCAB, D, T, a_pass, built, call, each, fresh, same, source, tokens
 
 F64 = torch.float64
 # Load balancing aside, experts see all tokens of a call at once but each by itself: they are causal like any other part.
@@ -226,7 +226,7 @@ def test_absolute_positions_are_absolute():
         assert (model(ids) - model(ids, positions=torch.arange(T) + 5)).abs().max() > 1e-2
 
 
-@each(list(DECODERS) + ["bert", "t5-encoder"])
+@each([*DECODERS, "bert", "t5-encoder"])
 def test_embeddings_may_stand_in_for_tokens(name):
     model, ids = built(name), tokens()
     with torch.no_grad():
@@ -241,13 +241,7 @@ def test_keep_reads_out_some_positions(name):
         same(model(ids, keep=1), full[:, -1:])
         same(model(ids, keep=3), full[:, -3:])
         same(model(ids, keep=torch.tensor([2, 5])), torch.stack([full[0, 2], full[1, 5]])[:, None])
-        same(model.readout(model.states(ids), _pass()), full)
-
-
-def _pass():
-    from glassformer.core.flow import Pass
-
-    return Pass(positions=torch.arange(1), index=torch.arange(1))
+        same(model.readout(model.states(ids), a_pass()), full)
 
 
 def test_grouped_queries_with_as_many_groups_as_heads_are_multi_head_attention():

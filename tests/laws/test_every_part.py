@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from shapes import check_shapes
-from tools import ALL, D, VOCAB, built, call, each, fresh, same, tokens
 
 from glassformer.core.spec import Spec, registered
 from glassformer.models import Block, Decoder
@@ -17,6 +15,8 @@ from glassformer.models.init import Declared, Fill, Init, Normal, ResidualNormal
 from glassformer.models.presets import names, preset
 from glassformer.parts.attention import Attention
 from glassformer.weights import own
+from shapes import check_shapes
+from tools import ALL, VOCAB, D, built, call, each, fresh, same, tokens
 
 # Parts that a variant can only hold implicitly: the model's own mask, the product of `&`, an initialisation by hand.
 IMPLICIT = {"And"}

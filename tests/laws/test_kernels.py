@@ -7,11 +7,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.attention.flex_attention as flex_attention
-from tools import draw, same
 
 from glassformer.core.mask import And, Causal, Everything, Mask, Padding, SameDocument, Visible, Window, resolve
 from glassformer.parts import kernels
 from glassformer.parts.kernels import Rule, Sigmoid, Softmax, SoftmaxPlusOne, SoftmaxSink
+from tools import draw, same
 
 B, H, K, S = 2, 4, 5, 7
 NORMALISERS = {"softmax": Softmax(), "plus-one": SoftmaxPlusOne(), "sink": SoftmaxSink(), "sigmoid": Sigmoid(), "sigmoid-bias": Sigmoid(-1.5)}

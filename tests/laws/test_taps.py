@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tools import ALL, CAUSAL, built, call, each, fresh, half, same, tokens
 from torch.utils.checkpoint import checkpoint
 
 from glassformer.core.sites import HEAD_AXIS
 from glassformer.core.tap import Edit, Record, Tap
 from glassformer.parts import kernels
+from tools import ALL, CAUSAL, built, call, each, fresh, half, same, tokens
 
 F64 = torch.float64
 
@@ -167,6 +167,7 @@ def test_gradients_of_picked_heads():
 
 # Edit
 
+
 @each(ALL)
 def test_an_edit_at_any_site_changes_the_output(name):
     model, ids = built(name), tokens(1, 5)
@@ -256,12 +257,14 @@ def test_steps_of_a_generation_have_paths_of_their_own(name):
     tap, second = Record("**.z"), Record("step.2.**.z")
     cache = model.cache(capacity=16)
     with torch.no_grad():
-        plain = [call(model, ids[:, i : i + 1], cache=(c := model.cache(capacity=16)) if i == 0 else c) for i in range(4)]  # noqa: F821
+        plain = [call(model, ids[:, i : i + 1], cache=(c := model.cache(capacity=16)) if i == 0 else c) for i in range(4)]
         for i in range(4):
             out = call(model, ids[:, i : i + 1], cache=cache, tap=tap | second, path=f"step.{i}")
             assert torch.equal(out, plain[i])
     where = half(model)
-    assert f"step.3.{where}blocks.1.attn.z" in tap and tap.find(f"step.{{0,2-3}}.{where}blocks.0.attn.z") == [f"step.{i}.{where}blocks.0.attn.z" for i in (0, 2, 3)]
+    assert f"step.3.{where}blocks.1.attn.z" in tap and tap.find(f"step.{{0,2-3}}.{where}blocks.0.attn.z") == [
+        f"step.{i}.{where}blocks.0.attn.z" for i in (0, 2, 3)
+    ]
     assert {p.split(".")[1] for p in second.paths} == {"2"}
     assert tap.stack(f"{where}blocks.0.attn.z").shape[0] == 4
 
@@ -284,7 +287,7 @@ def test_checkpointed_blocks_give_the_same_gradients_watched_or_not(name):
     site = half(want) + "blocks.0.ffn.post" if "experts" not in name else "blocks.0.experts.router"
     reference = Record(site, grad=True)
     call(fresh(name, F64), tokens(), tap=reference).square().sum().backward()
-    for tap in (None, Record("**"), Record(site, grad=True), Edit(site, lambda x: x * 1.0)):
+    for tap in (None, Record("**") | Edit(site, lambda x: x * 1.0), Record(site, grad=True)):
         model = checkpointed(fresh(name, F64))
         call(model, tokens(), tap=tap).square().sum().backward()
         for (n, x), y in zip(model.named_parameters(), want.parameters(), strict=True):
@@ -331,5 +334,3 @@ def test_a_call_leaves_nothing_in_the_model():
     model(tokens(), tap=Record("**", grad=True) | Edit("logits", lambda x: x))
     model(tokens(), cache=model.cache(batch=2))
     assert modules == {n: (len(m._forward_hooks), len(m._forward_pre_hooks), set(vars(m))) for n, m in model.named_modules()}
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from glassformer.core.errors import TokenizerError
 from glassformer.look.gather import Card, Inside, Lens, Norms
 from glassformer.look.shown import shown
 
@@ -25,7 +26,17 @@ def made(words: list[str], layers: int = 4, heads: int = 4, *, causal: bool = Tr
         True,
     )
     card = Card("made by hand", "decoder" if causal else "encoder", layers, 64, len(vocabulary), 123_456)
-    return Inside("".join(words), card, ids, tuple(map(shown, words)), patterns, norms, lens, {i: shown(w) for i, w in enumerate(vocabulary)})
+    return Inside(
+        "".join(words),
+        card,
+        ids,
+        tuple(map(shown, words)),
+        patterns,
+        (np.triu(np.ones((t, t), bool), 1) & causal,) * layers,
+        norms,
+        lens,
+        {i: shown(w) for i, w in enumerate(vocabulary)},
+    )
 
 
 def _pattern(ids: tuple[int, ...], kind: int, causal: bool, draw: np.random.Generator) -> np.ndarray:
@@ -71,3 +82,28 @@ def _lens(rows: tuple[str, ...], ids: tuple[int, ...], v: int, causal: bool, dra
         np.where(after < 0, np.nan, next_p).astype(np.float32),
         np.where(after < 0, 0, next_rank),
     )
+
+
+def induction(ids: tuple[int, ...]) -> np.ndarray:
+    """A pattern [t s] that puts all weight right after the earlier copy of the token, else on the first token."""
+    t = len(ids)
+    out = np.zeros((t, t))
+    for q in range(t):
+        earlier = [s for s in range(q) if ids[s] == ids[q]]
+        out[q, earlier[-1] + 1 if earlier else 0] = 1
+    return out
+
+
+class Letters:
+    """A tokenizer of 31 ids: letters, a few signs, and two that stand around the texts of an encoder."""
+
+    alphabet = "abcdefghijklmnopqrstuvwxyz ,.[]"
+    vocab_size = len(alphabet)
+
+    def encode(self, text: str, *, add_special: bool = False) -> list[int]:
+        return [self.alphabet.index(c) for c in (f"[{text}]" if add_special else text)]
+
+    def piece(self, id: int) -> str:
+        if id >= self.vocab_size:
+            raise TokenizerError(f"{id} is not in this vocabulary")
+        return self.alphabet[id]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shapes import check_shapes
-from tools import ALL, D, VOCAB, built, call, each, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from glassformer.core.mask import Window
@@ -15,6 +13,8 @@ from glassformer.models.presets import names, preset
 from glassformer.parts.attention import Attention
 from glassformer.parts.experts import Experts
 from glassformer.parts.feedforward import Gated, Plain
+from shapes import check_shapes
+from tools import ALL, VOCAB, D, built, call, each, tokens
 
 # Published totals, tied weights once.
 PUBLISHED = {
@@ -59,7 +59,10 @@ def test_the_rows_add_up_to_the_exact_total(name):
     last = next(line for line in lines if line.startswith("total"))
     assert last.split()[-1] == f"{params.total:,}"
     shown = [int(line.split()[-1].replace(",", "")) for line in lines[2:] if line and line[0] not in "-t"]
-    assert sum(shown) + sum(int(line.split()[-1].replace(",", "")) for line in lines[2:] if line.startswith("t") and not line.startswith(("total", "tied"))) == params.total
+    assert (
+        sum(shown) + sum(int(line.split()[-1].replace(",", "")) for line in lines[2:] if line.startswith("t") and not line.startswith(("total", "tied")))
+        == params.total
+    )
 
 
 def test_tied_weights_are_counted_once_and_named():

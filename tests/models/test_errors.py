@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tools import D, VOCAB, built, tokens
 
 from glassformer.core.errors import InputError, SpecError
 from glassformer.core.mask import Window
@@ -16,6 +15,7 @@ from glassformer.parts.feedforward import Gated, Plain
 from glassformer.parts.norm import RMSNorm
 from glassformer.parts.position import ALiBi, Learned, Rotary, Sinusoidal
 from glassformer.parts.wiring import Parallel
+from tools import VOCAB, D, a_pass, built, tokens
 
 BLOCK = Block(Attention(4))
 
@@ -35,7 +35,10 @@ BLOCK = Block(Attention(4))
         (lambda: Gated(8, act="swish"), r"No activation is named 'swish'\."),
         (lambda: RMSNorm(cast="never"), r"RMSNorm\(cast='never'\): cast is 'early' \(Llama\) or 'late' \(Gemma\)\."),
         (lambda: Parallel(norms=3), r"Parallel\(norms=3\): one norm for both branches, or two\."),
-        (lambda: Block(Attention(4), cross=Attention(4), wiring=Parallel()).build(D, D), r"Parallel wiring .* no place for cross-attention: use PreNorm or PostNorm\."),
+        (
+            lambda: Block(Attention(4), cross=Attention(4), wiring=Parallel()).build(D, D),
+            r"Parallel wiring .* no place for cross-attention: use PreNorm or PostNorm\.",
+        ),
         (lambda: Experts(4, 5), r"Experts\(top_k=5\) of n_experts=4: choose at least 1 and at most all\."),
         (lambda: Experts(4, 0), r"Experts\(top_k=0\)"),
         (lambda: Rotary(layout="whole"), r"Rotary\(layout='whole'\): layout is 'half' \(Llama\) or 'interleaved' \(GPT-J\)\."),
@@ -54,7 +57,8 @@ BLOCK = Block(Attention(4))
         ),
         (
             lambda: EncoderDecoder(Encoder(9, D, (BLOCK,)), Decoder(VOCAB, D, (BLOCK.replace(cross=Attention(4)),))),
-            r"A shared embedding needs equal sizes, but the encoder has vocab_size=9, d_model=24 and the decoder vocab_size=31, d_model=24: make them equal, or set shared=False\.",
+            r"A shared embedding needs equal sizes, but the encoder has vocab_size=9, d_model=24 and the decoder "
+            r"vocab_size=31, d_model=24: make them equal, or set shared=False\.",
         ),
         (lambda: Decoder(VOCAB, D, (BLOCK,)).build(dtype="bf17"), r"No data type is named 'bf17'\. Did you mean 'bf16'"),
     ],
@@ -67,7 +71,9 @@ def test_a_spec_that_cannot_be_built(make, said):
 def test_a_parameter_that_no_rule_claims():
     spec = Decoder(VOCAB, D, (BLOCK,), init=Init((Rule(("embed.weight",), Normal()),)))
     with pytest.raises(
-        SpecError, match=r"No initialisation rule claims the parameter 'blocks\.0\.attn\.out\.weight' \(24, 24\): add a Rule\(\('weight',\), \.\.\.\) to the model's init table\."
+        SpecError,
+        match=r"No initialisation rule claims the parameter 'blocks\.0\.attn\.out\.weight' \(24, 24\): "
+        r"add a Rule\(\('weight',\), \.\.\.\) to the model's init table\.",
     ):
         spec.build(seed=0)
     undeclared = Decoder(VOCAB, D, (BLOCK,), init=Init((Rule(("weight", "bias", "matrix"), Declared()),)))
@@ -97,7 +103,11 @@ def test_rules_claim_whole_names():
         ("llama", lambda m: m(tokens(), lengths=[9]), r"lengths=\[9\] do not fit tokens of shape \(2, 9\): one length per row, none above 9\."),
         ("llama", lambda m: m(tokens(), lengths=[9, 10]), r"lengths=\[9, 10\] do not fit"),
         ("llama", lambda m: m(tokens(), lengths=[9, -1]), r"lengths=\[9, -1\] do not fit"),
-        ("llama", lambda m: m(tokens(), types=tokens() * 0), r"Token types were given, but this model has none: build it with Embedding\(n_types=2\), or leave them out\."),
+        (
+            "llama",
+            lambda m: m(tokens(), types=tokens() * 0),
+            r"Token types were given, but this model has none: build it with Embedding\(n_types=2\), or leave them out\.",
+        ),
         ("llama", lambda m: m(tokens(), keep=0), r"keep=0 reads out nothing: give the number of last positions, at least 1, or None for all\."),
         ("llama", lambda m: m.states(tokens(), keep=1), r"states\(\) takes no option 'keep'; it takes inputs_embeds, positions, "),
         ("gpt2", lambda m: m(tokens(1, 41)), r"This model has learned 40 positions, but position 40 was asked for: shorten the text to 40 tokens\."),
@@ -110,6 +120,12 @@ def test_rules_claim_whole_names():
 def test_an_input_that_a_model_cannot_take(name, give, said):
     with pytest.raises(InputError, match=said):
         give(built(name))
+
+
+def test_an_embedding_of_nothing():
+    model = built("llama")
+    with pytest.raises(InputError, match=r"Neither tokens nor inputs_embeds were given: a model reads one of them\."):
+        model.embed(None, None, None, model.position, a_pass())
 
 
 def test_a_cache_beyond_the_learned_positions():

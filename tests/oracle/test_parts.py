@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import papers
-from tools import draw, fresh, tokens
 from torch import Tensor
 
 from glassformer.core.flow import Ledger, Pass
@@ -35,6 +33,8 @@ from glassformer.parts.position import (
     YaRNScaling,
 )
 from glassformer.parts.readout import Classifier, Dense, First, LanguageModel, Last, Mean, Vector
+from oracle import papers
+from tools import draw, fresh, tokens
 
 F64 = torch.float64
 
@@ -111,12 +111,12 @@ def test_alibi(n):
 @pytest.mark.parametrize(("buckets", "distance"), [(32, 128), (8, 12), (10, 50)])
 def test_t5_buckets(bidirectional, buckets, distance):
     layer = randomise(T5Buckets(buckets, distance, bidirectional).build(16, 3, 4))
-    q, k = torch.arange(60), torch.arange(60)
+    q, k = torch.arange(60), torch.arange(0, 60, 3)
     table, bias = layer.table.detach().numpy(), layer.bias(q, k)[0].detach().numpy()
     for i in range(60):
-        for j in range(60):
+        for column, j in enumerate(range(0, 60, 3)):
             bucket = papers.t5_bucket(j - i, bidirectional, buckets, distance)
-            np.testing.assert_array_equal(bias[:, i, j], table[bucket], err_msg=f"offset {j - i}")
+            np.testing.assert_array_equal(bias[:, i, column], table[bucket], err_msg=f"offset {j - i}")
 
 
 def test_a_biased_layer_adds_its_bias():
@@ -186,9 +186,7 @@ def test_rotated_scores_depend_on_differences_only(layout):
         return angles.cos(), angles.sin()
 
     q, k = draw((1, 6, 2, 8), 1), draw((1, 6, 2, 8), 2)
-    at = lambda shift: torch.einsum(
-        "bthk,bshk->bhts", *(layer.rotate(x, tables(torch.arange(6) + shift)) for x in (q, k))
-    )
+    at = lambda shift: torch.einsum("bthk,bshk->bhts", *(layer.rotate(x, tables(torch.arange(6) + shift)) for x in (q, k)))
     torch.testing.assert_close(at(0), at(1234), atol=1e-11, rtol=1e-11)
     assert (at(0) - torch.einsum("bthk,bshk->bhts", q, k)).abs().max() > 0.1
 

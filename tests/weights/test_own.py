@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tools import ALL, built, fresh, tokens
 
 from glassformer.core.errors import WeightsError
 from glassformer.weights import own
+from tools import ALL, built, fresh, tokens
 
 
 @pytest.fixture
@@ -109,12 +109,16 @@ def test_a_tensor_without_a_parameter_and_a_parameter_without_a_tensor(folder):
     save_file(tensors, file)
     with pytest.raises(
         WeightsError,
-        match=r"does not fit its model\.json \(1 missing, 1 left over\): the parameter 'blocks\.0\.attn\.qkv\.weight' has no tensor\. Did you mean 'blocks\.0\.attn\.qvk\.weight'\?",
+        match=r"does not fit its model\.json \(1 missing, 1 left over\): the parameter 'blocks\.0\.attn\.qkv\.weight' has no tensor\. "
+        r"Did you mean 'blocks\.0\.attn\.qvk\.weight'\?",
     ):
         own.load(folder)
     tensors["blocks.0.attn.qkv.weight"] = tensors["blocks.0.attn.qvk.weight"].clone()
     save_file(tensors, file)
-    with pytest.raises(WeightsError, match=r"\(0 missing, 1 left over\): the tensor 'blocks\.0\.attn\.qvk\.weight' has no parameter\. Did you mean 'blocks\.0\.attn\.qkv\.weight'"):
+    with pytest.raises(
+        WeightsError,
+        match=r"\(0 missing, 1 left over\): the tensor 'blocks\.0\.attn\.qvk\.weight' has no parameter\. Did you mean 'blocks\.0\.attn\.qkv\.weight'",
+    ):
         own.load(folder)
 
 
@@ -161,7 +165,9 @@ def test_a_newer_format(folder):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(WeightsError, match=r"The model could not be written to .*: .*Free some space or choose another folder; what was there before is untouched\."):
+    with pytest.raises(
+        WeightsError, match=r"The model could not be written to .*: .*Free some space or choose another folder; what was there before is untouched\."
+    ):
         own.save(built("llama"), tmp_path / "file")
 
 

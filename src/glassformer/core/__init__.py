@@ -1,1 +1,1 @@
-"""The core knows no part: errors, specs, sites, taps, masks, the cache, numerics. Import what you need from its files; nothing here imports torch by itself."""
+"""The core knows no part: errors, specs, sites, taps, masks, the cache, numerics. Import what you need from its files."""

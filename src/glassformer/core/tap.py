@@ -62,7 +62,9 @@ class Tap:
                 plain = pattern.segments[2:] if pattern.segments[:1] == ("step",) else pattern.segments
                 name = ".".join(plain)
                 short = {_generic(path): None for path in known}
-                raise SiteError(f"{pattern.text!r} meets no site of this model.{did_you_mean(name, {p: None for p in known} | short)} model.sites() lists them all.")
+                raise SiteError(
+                    f"{pattern.text!r} meets no site of this model.{did_you_mean(name, dict.fromkeys(known) | short)} model.sites() lists them all."
+                )
 
     def __or__(self, other: Tap) -> Tap:
         return Chain(self, other)

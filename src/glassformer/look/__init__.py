@@ -1,7 +1,7 @@
 """Looking inside: one page that shows what a model computed on a text.
 
-    look.write_page("inside.html", model, tokenizer, "The cat sat on the mat")
-    inside = look.gather(model, tokenizer, "The cat sat on the mat")      # the same numbers, as arrays
+look.write_page("inside.html", model, tokenizer, "The cat sat on the mat")
+inside = look.gather(model, tokenizer, "The cat sat on the mat")      # the same numbers, as arrays
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ from .shown import shown
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 MOST_TOKENS = 512
 """A pattern grows with the square of the text: beyond this a page is slow to open and too dense to read."""
@@ -99,14 +100,16 @@ class Inside:
     ids: tuple[int, ...]
     pieces: tuple[str, ...]  # display form of each token
     patterns: tuple[Floats, ...]  # per layer: h t s
+    masked: tuple[Bools, ...]  # per layer: t s, True where the mask forbids (a weight may be 0 without: soft-max underflows)
     norms: Norms
     lens: Lens | None  # None: the model has no read-out over a vocabulary
     vocabulary: dict[int, str]  # display form of every token id that occurs
 
     @property
     def causal(self) -> bool:
-        """Whether no token attends to a later one, in any head, exactly."""
-        return all(not np.triu(p, 1).any() for p in self.patterns)
+        """Whether every layer's mask hides all later tokens."""
+        later = np.triu(np.ones((len(self.ids), len(self.ids)), bool), 1)
+        return all(bool(m[later].all()) for m in self.masked)
 
     @property
     def row_sums(self) -> tuple[float, float]:
@@ -126,24 +129,26 @@ def gather(model: Any, tokenizer: Any, text: str, *, name: str | None = None, to
     shown as the model's name; ``top`` tokens are kept per lens cell.
 
     Raises :class:`InputError` for a text without tokens or of more than ``most_tokens`` tokens, for
-    an encoder-decoder, and for ids that the model's vocabulary does not hold.
+    a model that reads two texts, and for ids that the model's vocabulary does not hold.
     """
     card = _card(model, name)
     ids, pieces = _tokens(tokenizer, text, most_tokens, around=card.kind == "encoder")
     if max(ids) >= card.vocab_size:
         raise InputError(
-            f"The tokenizer gave token id {max(ids)}, but the model's vocabulary ends at {card.vocab_size - 1}: use the tokenizer that was saved with this model."
+            f"The tokenizer gave token id {max(ids)}, but the model's vocabulary ends at {card.vocab_size - 1}: "
+            "use the tokenizer that was saved with this model."
         )
     record, logits = _run(model, ids)
     layers = range(card.layers)
     pre = [_rows(record[f"blocks.{i}.resid_pre"]) for i in layers]
     streams = [*pre, _rows(record[f"blocks.{card.layers - 1}.resid_post"])]
     patterns = tuple(_numpy(record[f"blocks.{i}.attn.pattern"][0]) for i in layers)
+    masked = tuple(record[f"blocks.{i}.attn.scores"][0, 0].isneginf().cpu().numpy() for i in layers)
     reads_tokens = isinstance(model.spec.readout, LanguageModel)
     lens = _lens(model, streams, logits[0], ids, causal=card.kind == "decoder", top=top) if reads_tokens else None
     seen = sorted({*ids, *(lens.ids.ravel().tolist() if lens else ())})
     vocabulary = {i: _piece(tokenizer, i) for i in seen}
-    return Inside(text, card, ids, pieces, patterns, _norms(record, streams), lens, vocabulary)
+    return Inside(text, card, ids, pieces, patterns, masked, _norms(record, streams), lens, vocabulary)
 
 
 # Text and model
@@ -156,7 +161,8 @@ def _tokens(tokenizer: Any, text: str, most: int, *, around: bool) -> tuple[tupl
         raise InputError(f"The text {text!r} has 0 tokens, but a page needs at least 1: give some text.")
     if len(ids) > most:
         raise InputError(
-            f"The text has {len(ids)} tokens, but a page shows at most {most} (a pattern grows with the square of the length): give a shorter text, such as its first {most} tokens."
+            f"The text has {len(ids)} tokens, but a page shows at most {most} (a pattern grows with the square of the length): "
+            f"give a shorter text, such as its first {most} tokens."
         )
     return ids, tuple(_piece(tokenizer, i) for i in ids)
 
@@ -189,9 +195,10 @@ def _card(model: Any, name: str | None) -> Card:
 @torch.no_grad()
 def _run(model: Any, ids: Sequence[int]) -> tuple[Record, Tensor]:
     known = {site.path for site in model.sites()}
-    wanted = ("attn.pattern", "resid_pre", "resid_post", "attn.out", "ffn.out", "experts.out")
+    wanted = ("attn.pattern", "attn.scores[0]", "resid_pre", "resid_post", "attn.out", "ffn.out", "experts.out")
+    # One head's scores say where they are minus infinity: the mask of all heads of the layer.
     # A pattern that meets no site is an error, so a model without experts is not asked for them.
-    record = Record(*(f"blocks.*.{site}" for site in wanted if any(path.endswith(f".{site}") for path in known)))
+    record = Record(*(f"blocks.*.{site}" for site in wanted if any(path.endswith(f".{site.removesuffix('[0]')}") for path in known)))
     device = next(model.parameters()).device
     training = bool(model.training)
     model.eval()
@@ -264,7 +271,7 @@ def _norms(record: Record, streams: Sequence[Tensor]) -> Norms:
     attn = [out(i, "attn") for i in range(layers)]
     ffn = [out(i, "ffn", "experts") for i in range(layers)]
     adds = all(_close(streams[i] + attn[i] + ffn[i], streams[i + 1]) for i in range(layers))
-    lengths: Callable[[Sequence[Tensor]], Floats] = lambda xs: np.stack([_numpy(x.float().norm(dim=-1)) for x in xs])  # noqa: E731
+    lengths: Callable[[Sequence[Tensor]], Floats] = lambda xs: np.stack([_numpy(x.float().norm(dim=-1)) for x in xs])
     return Norms(lengths(attn), lengths(ffn), lengths(streams), adds)
 
 

@@ -3,15 +3,15 @@
 const [LOW, HIGH] = D.row_sums;
 const SOFTMAX = Math.abs(LOW - 1) < 0.005 && Math.abs(HIGH - 1) < 0.005;
 $("heads-rows").textContent = SOFTMAX
-  ? "No weight is negative and each row sums to 1. Soft-max has no threshold: a low score makes a weight small, never zero, so pale cells hold little and only masked cells hold nothing."
+  ? "No weight is negative and each row sums to 1. Soft-max has no threshold: a low score, also one below zero, makes a weight small and not zero (but for rounding); a faint cell holds little, and only a masked cell holds nothing."
   : `The rows sum to between ${number(LOW)} and ${number(HIGH)}: this model’s normaliser does not make them sum to 1.`;
 $("heads-mask").textContent = D.causal && T > 1
   ? "This model is causal: a token reads itself and earlier tokens, never later ones. The upper right half is masked, and nothing that comes later changes an earlier row: " +
-    "what an ambiguous word means can be settled only at later positions."
+    "where the rest of the text settles what an ambiguous word means, this shows only at later positions."
   : T > 1 ? "Tokens read in both directions here: earlier and later ones." : "";
 
 const FIGURES = {
-  reads: ["what it mostly reads", "self, previous, first or copy is named where it gets at least half of the weight, in the mean over the queries; copy means the positions right after an earlier occurrence of the query’s token."],
+  reads: ["what it mostly reads", "self, previous, first or copy is named where its weight is at least 0.5 in the mean over the queries; copy means the positions right after an earlier occurrence of the query’s token."],
   none: ["nothing", ""],
   entropy: ["entropy of its rows, bits", "Mean over the queries: 0 bits when one key takes all the weight, log₂ n when n keys share it equally."],
   distance: ["distance it reads over, tokens", "Mean of |query position − key position| under the weights."],
@@ -55,16 +55,16 @@ function labelHeads() {
 // A text longer than the square has pixels: each pixel shows the largest weight that falls on it, so that thin lines stay.
 function drawThumb(l, h) {
   const canvas = thumbs[l][h].querySelector("canvas"), n = canvas.width, w = weights(l, h);
-  const top = new Float32Array(n * n);
+  const top = new Float32Array(n * n).fill(NaN);
   for (let q = 0; q < T; q++) {
     const y = Math.floor((q * n) / T), end = LOWER ? q + 1 : T;
     for (let k = 0; k < end; k++) {
       const at = y * n + Math.floor((k * n) / T), x = w(q, k);
-      if (Math.abs(x) > Math.abs(top[at])) top[at] = x;
+      if (x === x && !(Math.abs(x) <= Math.abs(top[at]))) top[at] = x;
     }
   }
   const image = new ImageData(n, n);
-  top.forEach((x, i) => { if (x !== 0) image.data.set([...rgb(x), 255], 4 * i); });
+  top.forEach((x, i) => { if (x === x) image.data.set([...rgb(x), 255], 4 * i); });
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 let drawing = 0;
@@ -77,7 +77,7 @@ function drawGrid() { // a layer a frame: a large model must not freeze the page
   };
   next(0);
 }
-onTheme.push(drawGrid, () => legend($("legend"), true));
+onTheme.push(drawGrid, () => legend($("legend"), D.masks));
 drawers.push(function drawGridMarks() {
   const grid = $("grid");
   grid.style.setProperty("--at", token() / T);
@@ -135,6 +135,7 @@ function layPanel() {
   const panel = $("panel");
   panel.hidden = !state.head;
   $("heads").classList.toggle("has-panel", Boolean(state.head));
+  $("heads").classList.toggle("long", T > 32);
   if (!state.head) { map = null; panel.replaceChildren(); redraw(); return; }
   const [l, h] = state.head;
   const button = (label, text, act) => { const b = el("button", { type: "button", class: "plain", "aria-label": label, title: label }, text); b.addEventListener("click", act); return b; };
@@ -175,11 +176,12 @@ function layMap() {
   const font = (px) => `${px}px ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace`;
   const probe = canvas.getContext("2d");
   probe.font = font(12);
-  const widest = Math.min(88, Math.max(...D.pieces.map((p) => probe.measureText(p).width)) + 8);
+  const widest = Math.min(88, Math.max(42, ...D.pieces.map((p) => probe.measureText(p).width)) + 8);
   const left = Math.ceil(widest) + 14, top = Math.ceil(widest) + 14;
   const room = canvas.parentElement.clientWidth - left - 2;
   const tall = Math.max(300, innerHeight - $("strip").offsetHeight - top - 270); // the whole panel fits a window, where it can
-  const cell = Math.max(T > 150 ? 2 : T > 60 ? 5 : 12, Math.min(30, Math.floor(Math.min(room, tall) / T)));
+  const fits = Math.floor(Math.min(room, tall) / T); // else the names stay readable and the pattern scrolls
+  const cell = Math.max(T > 150 ? 2 : T > 80 ? 5 : 10, Math.min(30, fits));
   const width = left + cell * T + 1, height = top + cell * T + 1, ratio = Math.min(devicePixelRatio || 1, 3);
   Object.assign(canvas, { width: width * ratio, height: height * ratio });
   Object.assign(canvas.style, { width: `${width}px`, height: `${height}px` });
@@ -204,7 +206,7 @@ function drawCells(c, w, left, top, cell) {
   c.stroke(); c.restore();
   for (let q = 0; q < T; q++) for (let k = 0; k < (LOWER ? q + 1 : T); k++) {
     const x = w(q, k);
-    if (x === 0) continue;
+    if (Number.isNaN(x)) continue;
     c.fillStyle = `rgb(${rgb(x)})`;
     c.fillRect(left + k * cell, top + q * cell, cell - gap, cell - gap);
   }
@@ -242,26 +244,28 @@ drawers.push(function drawPanel() {
   else c.strokeRect(left + t * cell - 0.5, top - 0.5, Math.max(cell, 2), edge);
   const [q, k] = byRow ? [t, state.key] : [state.key, t];
   if (state.key !== null) c.strokeRect(left + k * cell - 0.5, top + q * cell - 0.5, cell, cell);
-  const row = line(t), best = [...row.keys()].sort((a, b) => Math.abs(row[b]) - Math.abs(row[a])).slice(0, 5).filter((i) => row[i] !== 0);
+  const row = line(t), best = [...row.keys()].filter((i) => !Number.isNaN(row[i])).sort((a, b) => Math.abs(row[b]) - Math.abs(row[a])).slice(0, 5);
   const read = $("panel").querySelector(".read");
   if (state.key !== null) {
-    const x = w(q, k), why = x !== 0 ? "." : D.causal && k > q ? ": a later token, masked." : ": masked.";
-    read.replaceChildren(piece(q), ` (${q}) reads `, piece(k), ` (${k}) with weight `, el("b", { class: "num" }, number(x)), why);
+    const x = w(q, k);
+    const why = Number.isNaN(x) ? (D.causal && k > q ? ": a later token, masked." : ": masked.") : x === 0 ? ": not masked, but too small for the model’s floating point." : ".";
+    read.replaceChildren(piece(q), ` (${q}) reads `, piece(k), ` (${k}) with weight `, el("b", { class: "num" }, weight(x || 0)), why);
   } else {
-    const sum = row.reduce((a, b) => a + b, 0);
+    const sum = row.reduce((a, b) => a + (b || 0), 0);
     read.replaceChildren(piece(t), ` (${t}) ${byRow ? "reads" : "is read by"}, most weight first`, byRow && !SOFTMAX ? ` (its row sums to ${number(sum)}):` : ":");
   }
   const longest = Math.max(...best.map((i) => Math.abs(row[i])), 1e-9);
   $("panel").querySelector(".bars").replaceChildren(...best.flatMap((i) => {
     const bar = el("span", { class: "bar" });
     bar.style.width = `${(100 * Math.abs(row[i])) / Math.max(1, longest)}%`;
-    return [el("span", {}, piece(i), el("span", { class: "where num" }, ` ${i}`)), bar, el("span", { class: "num" }, number(row[i]))];
+    return [el("span", {}, piece(i), el("span", { class: "where num" }, ` ${i}`)), bar, el("span", { class: "num" }, weight(row[i]))];
   }));
 });
 
 function saveCsv() {
   const [l, h] = state.head, w = weights(l, h), quote = (s) => `"${s.replaceAll('"', '""')}"`;
-  const rows = [["query", "position", ...D.pieces.map((p, k) => quote(`${k} ${p}`))], ...D.pieces.map((p, q) => [quote(p), q, ...D.pieces.map((_, k) => w(q, k))])];
+  const name = (i) => quote(`${i} ${D.pieces[i]}`), all = [...D.pieces.keys()];
+  const rows = [["query", ...all.map(name)], ...all.map((q) => [name(q), ...all.map((k) => w(q, k) || 0)])];
   const link = el("a", { download: `layer${l}-head${h}.csv`, href: URL.createObjectURL(new Blob([rows.map((r) => r.join(",")).join("\n")], { type: "text/csv" })) });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);

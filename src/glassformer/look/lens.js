@@ -64,7 +64,7 @@ drawers.push(function drawLens() {
   const fact = (label, p, rank) => (p === null ? [] : [el("dt", {}, ...label), el("dd", { class: "num" }, `${number(p)}, rank ${rank.toLocaleString("en")}`)]);
   const next = following(t);
   $("card").replaceChildren(
-    el("h3", {}, where, DECODER ? ", after " : ", at ", piece(t), ` (${t})`),
+    el("h3", {}, where, DECODER ? ": what follows " : ": what stands at ", piece(t), ` (${t})`),
     el("div", { class: "bars" }, ...L.ids[r][t].flatMap((id, i) => {
       const bar = el("span", { class: "bar" });
       bar.style.width = `${100 * L.p[r][t][i]}%`;

@@ -32,6 +32,12 @@ function number(x) {
   return size >= 1000 ? x.toFixed(0) : x.toPrecision(3);
 }
 
+// A weight, as exactly as a half float holds it: below 2^-14 one digit, and nothing between 0 and 2^-24.
+function weight(x) {
+  const size = Math.abs(x);
+  return size === 0 || size >= 2 ** -14 ? number(x) : size <= 2 ** -24 ? `${x < 0 ? "−" : ""}<6e-8` : x.toExponential(0);
+}
+
 // Patterns: half floats, decoded a layer at a time when first wanted.
 const HALF = (() => {
   const table = new Float32Array(65536);
@@ -52,10 +58,10 @@ function half(layer) {
   return decoded[layer];
 }
 const LOWER = D.patterns.packing === "lower", PER_HEAD = LOWER ? (T * (T + 1)) / 2 : T * T;
-// A function (query, key) -> weight for one head. Exactly 0 means masked.
+// A function (query, key) -> weight for one head; NaN means masked (a weight of 0 without a mask is one too small for a float).
 function weights(layer, head) {
   const numbers = half(layer), start = head * PER_HEAD;
-  return LOWER ? (q, k) => (k > q ? 0 : HALF[numbers[start + (q * (q + 1)) / 2 + k]]) : (q, k) => HALF[numbers[start + q * T + k]];
+  return LOWER ? (q, k) => (k > q ? NaN : HALF[numbers[start + (q * (q + 1)) / 2 + k]]) : (q, k) => HALF[numbers[start + q * T + k]];
 }
 const LAYERS = D.patterns.heads.length, ALL_HEADS = D.patterns.heads.reduce((a, b) => a + b, 0);
 
@@ -69,10 +75,10 @@ function line(t) {
   }
   const known = `${state.by} ${t}`;
   if (!means.has(known)) {
-    const sum = new Float32Array(T);
+    const sum = new Float32Array(T).fill(NaN); // stays NaN where every head is masked
     for (let l = 0; l < LAYERS; l++) for (let h = 0; h < D.patterns.heads[l]; h++) {
       const at = pick(weights(l, h));
-      for (let i = 0; i < T; i++) sum[i] += at(i);
+      for (let i = 0; i < T; i++) { const x = at(i); if (x === x) sum[i] = (sum[i] || 0) + x; }
     }
     means.set(known, sum.map((x) => x / Math.max(ALL_HEADS, 1)));
   }
@@ -99,14 +105,14 @@ function paint(node, w) {
   const [r, g, b] = rgb(w);
   const luminance = [r, g, b].map((c) => ((c / 255 + 0.055) / 1.055) ** 2.4).reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
   node.style.backgroundColor = `rgb(${r} ${g} ${b})`;
-  node.style.color = luminance > 0.2 ? "#0b1016" : "#ffffff";
+  node.style.color = luminance > 0.179 ? "#0b1016" : "#ffffff";
 }
 const unpaint = (node) => { node.style.backgroundColor = ""; node.style.color = ""; };
 function legend(node, zero) {
   const bar = el("canvas", { width: 150, height: 1, role: "img", "aria-label": "Colour scale from 0 to 1, shaded by the square root" });
   const c = bar.getContext("2d");
   for (let x = 0; x < 150; x++) { c.fillStyle = `rgb(${rgb((x / 149) ** 2)})`; c.fillRect(x, 0, 1, 1); }
-  node.replaceChildren("0", bar, "1 (shade: square root)", ...(zero ? [el("span", { class: "blank", role: "img", "aria-label": "hatched" }), "masked: exactly 0"] : []));
+  node.replaceChildren("0", bar, "1 (shade: square root)", ...(zero ? [el("span", { class: "blank", role: "img", "aria-label": "hatched" }), "masked"] : []));
 }
 const css = (name) => { // the value of a light-dark() colour, as the canvas understands it
   const probe = el("i");
@@ -210,17 +216,21 @@ $("chips").addEventListener("keydown", (event) => {
 });
 for (const input of document.querySelectorAll("input[name=by]")) input.addEventListener("change", () => { state.by = input.value; keep(); redraw(); });
 
-const brief = (w) => (w === 0 ? "" : Math.abs(w) < 0.005 ? "<.01" : w.toFixed(2));
+const brief = (w) => (Number.isNaN(w) ? "" : w === 0 ? "0" : Math.abs(w) < 0.005 ? "<.01" : w.toFixed(2));
 new ResizeObserver(() => document.documentElement.style.setProperty("--strip", `${$("strip").offsetHeight}px`)).observe($("strip"));
 drawers.push(function drawTokens() {
-  const t = token(), row = line(t);
+  const t = token(), row = line(t), box = $("chips"), chosen = chips[t];
+  if (!box.matches(":hover")) { // a token chosen elsewhere on the page comes into view
+    const above = chosen.offsetTop - box.scrollTop, below = above + chosen.offsetHeight - box.clientHeight;
+    if (above < 0 || below > 0) box.scrollTop += above < 0 ? above - 3 : below + 3;
+  }
   chips.forEach((chip, i) => {
-    if (row[i] === 0) unpaint(chip); else paint(chip, row[i]);
+    if (Number.isNaN(row[i])) unpaint(chip); else paint(chip, row[i]);
     chip.lastChild.textContent = brief(row[i]);
     chip.classList.toggle("here", i === t);
     chip.classList.toggle("pinned", i === state.pin);
     chip.tabIndex = i === state.pin ? 0 : -1;
-    chip.setAttribute("aria-label", `${D.pieces[i]}, position ${i}, ${number(row[i])}`);
+    chip.setAttribute("aria-label", `${D.pieces[i]}, position ${i}, ${Number.isNaN(row[i]) ? "masked" : weight(row[i])}`);
     chip.setAttribute("aria-pressed", i === state.pin);
   });
   const where = state.head ? `layer ${state.head[0]}, head ${state.head[1]}` : `the mean of ${ALL_HEADS === 1 ? "the one head" : `all ${ALL_HEADS} heads`}`;

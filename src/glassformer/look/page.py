@@ -28,7 +28,7 @@ import numpy as np
 
 from glassformer.core.errors import InputError
 
-from .gather import HEAD_FIGURES, Floats, Inside, gather
+from .gather import HEAD_FIGURES, Bools, Floats, Inside, gather
 from .shown import shown
 
 MOST_BYTES = 96 * 2**20
@@ -56,8 +56,11 @@ def write_page(path: str | os.PathLike[str], model: Any, tokenizer: Any, text: s
     try:
         partial.write_text(content, encoding="utf-8", newline="\n")
         partial.replace(target)
-    finally:
+    except OSError as error:
         partial.unlink(missing_ok=True)
+        raise InputError(
+            f"The page cannot be written to {str(target)!r} ({error.strerror or error}): choose another file; what was there before is untouched."
+        ) from error
     return target
 
 
@@ -97,8 +100,13 @@ def data(inside: Inside) -> dict[str, Any]:
         "pieces": list(inside.pieces),
         "vocabulary": {str(i): piece for i, piece in inside.vocabulary.items()},
         "causal": inside.causal,
+        "masks": any(bool(m.any()) for m in inside.masked),
         "row_sums": [_number(low), _number(high)],
-        "patterns": {"packing": packing, "heads": [len(p) for p in inside.patterns], "half": [pack(p, packing) for p in inside.patterns]},
+        "patterns": {
+            "packing": packing,
+            "heads": [len(p) for p in inside.patterns],
+            "half": [pack(p, m, packing) for p, m in zip(inside.patterns, inside.masked, strict=True)],
+        },
         "figures": {"names": list(HEAD_FIGURES), "values": [_numbers(f) for f in inside.head_figures()]},
         "norms": {"attn": _numbers(norms.attn), "ffn": _numbers(norms.ffn), "stream": _numbers(norms.stream), "adds": norms.adds},
         "lens": lens
@@ -115,26 +123,27 @@ def data(inside: Inside) -> dict[str, Any]:
     }
 
 
-def pack(pattern: Floats, packing: str) -> str:
+def pack(pattern: Floats, masked: Bools, packing: str) -> str:
     """Base64 of little-endian half floats, [h t s]; "lower" keeps only keys s <= t, row after row.
 
-    A stored zero is an exact zero of the model (a masked key): what is smaller than the smallest half float
-    is stored as that, 6e-8.
+    NaN stands where ``masked`` [t s]. A stored zero is an exact zero of the model: what is smaller than the
+    smallest half float is stored as that, 6e-8.
     """
     h, t, _ = pattern.shape
-    values = pattern[:, *np.tril_indices(t)] if packing == "lower" else pattern.reshape(h, -1)
-    half = values.astype("<f2")
-    vanished = (half == 0) & (values != 0)
-    half[vanished] = np.copysign(_SMALLEST, values[vanished])
+    half = pattern.astype("<f2")
+    vanished = (half == 0) & (pattern != 0)
+    half[vanished] = np.copysign(_SMALLEST, pattern[vanished])
+    half[:, masked] = np.nan
+    half = half[:, *np.tril_indices(t)] if packing == "lower" else half.reshape(h, -1)
     return base64.b64encode(half.tobytes()).decode("ascii")
 
 
 def unpack(packed: str, heads: int, tokens: int, packing: str) -> Floats:
-    """The inverse of :func:`pack`: [h t s], to the precision of half floats."""
+    """The inverse of :func:`pack`: [h t s], to the precision of half floats, NaN where masked."""
     values = np.frombuffer(base64.b64decode(packed), "<f2").astype(np.float32)
     if packing == "full":
         return values.reshape(heads, tokens, tokens)
-    out = np.zeros((heads, tokens, tokens), np.float32)
+    out = np.full((heads, tokens, tokens), np.nan, np.float32)
     out[:, *np.tril_indices(tokens)] = values.reshape(heads, -1)
     return out
 

@@ -6,6 +6,8 @@
     q, k, v ──► explicit: scores ──► edit ──► pattern ──► edit ──► z     (only when edited,
                                                                           or where no fused kernel exists)
 
+Shapes: ``kv`` is the size of a value, as a rule that of a key ``k``.
+
 The two are the same function; a test holds them together for every mask, bias and normaliser.
 The normaliser turns a row of scores into weights:
 
@@ -173,7 +175,7 @@ def pattern_of(scores: Float[Tensor, "b h t s"], rule: Rule, heads: tuple[int, .
     return rule.normaliser(wide(scores), chosen).to(scores.dtype)
 
 
-def mix(pattern: Float[Tensor, "b h t s"], v: Float[Tensor, "b g s k"]) -> Float[Tensor, "b h t k"]:
+def mix(pattern: Float[Tensor, "b h t s"], v: Float[Tensor, "b g s kv"]) -> Float[Tensor, "b h t kv"]:
     """Pattern-weighted sums of values."""
     group = pattern.shape[1] // v.shape[1]
     return pattern @ (v if group == 1 else v.repeat_interleave(group, 1))
@@ -184,7 +186,9 @@ def has_fused(rule: Rule, device: torch.device) -> bool:
     return rule.normaliser.fused and (rule.cap is None or device.type == "cuda")
 
 
-def fused(q: Float[Tensor, "b h t k"], k: Float[Tensor, "b g s k"], v: Float[Tensor, "b g s k"], rule: Rule, dropout: float = 0.0) -> Float[Tensor, "b h t k"]:
+def fused(
+    q: Float[Tensor, "b h t k"], k: Float[Tensor, "b g s k"], v: Float[Tensor, "b g s kv"], rule: Rule, dropout: float = 0.0
+) -> Float[Tensor, "b h t kv"]:
     """Scaled-dot-product attention without ever forming the pattern."""
     b, h, t, _ = q.shape
     g, s = k.shape[1], k.shape[2]
@@ -213,14 +217,14 @@ def fused(q: Float[Tensor, "b h t k"], k: Float[Tensor, "b g s k"], v: Float[Ten
 
 
 def explicit(
-    q: Float[Tensor, "b h t k"], k: Float[Tensor, "b g s k"], v: Float[Tensor, "b g s k"], rule: Rule, dropout: float = 0.0
-) -> Float[Tensor, "b h t k"]:
+    q: Float[Tensor, "b h t k"], k: Float[Tensor, "b g s k"], v: Float[Tensor, "b g s kv"], rule: Rule, dropout: float = 0.0
+) -> Float[Tensor, "b h t kv"]:
     """The same in the open: scores, pattern, mix (nobody editing)."""
     pattern = pattern_of(scores_of(q, k, rule), rule)
     return mix(F.dropout(pattern, dropout) if dropout else pattern, v)
 
 
-def flex(q: Float[Tensor, "b h t k"], k: Float[Tensor, "b g s k"], v: Float[Tensor, "b g s k"], rule: Rule) -> Float[Tensor, "b h t k"]:
+def flex(q: Float[Tensor, "b h t k"], k: Float[Tensor, "b g s k"], v: Float[Tensor, "b g s kv"], rule: Rule) -> Float[Tensor, "b h t kv"]:
     """FlexAttention: cap, bias and mask inside the kernel (arXiv 2412.05496)."""
     from torch.nn.attention.flex_attention import flex_attention
 
