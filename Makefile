@@ -13,7 +13,7 @@ RUN  := $(VENV)/.ready-to-run
 DEV  := $(VENV)/.ready-to-test
 
 # Many threads times many test processes is slower than one thread each.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS)
 
 .PHONY: help demo test quick slow format check lint types layers wheel bench clean
 .DEFAULT_GOAL := help

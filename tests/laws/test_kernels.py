@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.attention.flex_attention as flex_attention
 
-from glassformer.core.mask import And, Causal, Everything, Mask, Padding, SameDocument, Visible, Window, resolve
+from glassformer.core.mask import And, Causal, Everything, Mask, Padding, Resolved, SameDocument, Visible, Window, resolve
 from glassformer.parts import kernels
 from glassformer.parts.kernels import Rule, Sigmoid, Softmax, SoftmaxPlusOne, SoftmaxSink
 from tools import draw, same
@@ -124,3 +124,19 @@ def test_dropout_of_the_pattern_keeps_its_mean():
         dropped = torch.stack([way(q, k, v, rule, 0.3) for _ in range(400)])
         assert dropped.std(0).max() > 0.05
         assert (dropped.mean(0) - way(q, k, v, rule)).abs().max() < 0.25
+
+
+def test_bfloat16_training_attention_on_a_cpu_is_the_float32_kernel() -> None:
+    # Its backward pass is ten times faster there; the output and gradients are those of float32, rounded once.
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 9, 8).bfloat16().requires_grad_() for _ in range(3))
+    rule = Rule(8**-0.5, None, None, Resolved(Causal(), True, None), Softmax().build(4))
+    out = kernels.fused(q, k, v, rule)
+    wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    reference = kernels.fused(*wide, rule)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, reference.bfloat16())
+    out.sum().backward()
+    reference.sum().backward()
+    for x, w in zip((q, k, v), wide, strict=True):
+        torch.testing.assert_close(x.grad.float(), w.grad, atol=1e-2, rtol=1e-2)  # one rounding to bfloat16

@@ -18,7 +18,7 @@ from glassformer.models.init import BERT_INIT, GPT2_INIT, XAVIER_INIT, FanIn, No
 from glassformer.parts.attention import Attention
 from glassformer.parts.embed import Embedding, InverseSqrtWidth, SqrtWidth, Times
 from glassformer.parts.experts import Experts
-from glassformer.parts.feedforward import ACTIVATIONS, Gated, Plain
+from glassformer.parts.feedforward import ACTIVATIONS, Gated, Plain, activation
 from glassformer.parts.kernels import Rule, Sigmoid, Softmax, SoftmaxPlusOne, SoftmaxSink, explicit, pattern_of, scores_of
 from glassformer.parts.norm import DynamicTanh, LayerNorm, RMSNorm
 from glassformer.parts.position import (
@@ -385,3 +385,10 @@ def test_a_whole_decoder_in_forty_lines_of_numpy():
     ids = tokens(1, 9)
     w = {n: x.detach().numpy() for n, x in model.named_parameters()}
     close(model(ids)[0], papers.gpt2(ids[0].tolist(), w, 3, 4), atol=1e-10)
+
+
+def test_the_compiled_form_of_gelu_is_the_same_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.linspace(-12, 12, 4_001, dtype=torch.float64)
+    plain = activation("gelu_tanh")(x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(activation("gelu_tanh")(x), plain, atol=1e-12, rtol=1e-9)

@@ -104,3 +104,10 @@ def test_nothing_to_evaluate():
         evaluate(small.model(), NextToken(), [])
     with pytest.raises(DataError, match="every document is a single token"):
         evaluate(small.model(), NextToken(), TokenData([np.arange(5)], starts=np.arange(5)), documents=True)
+
+
+@pytest.mark.parametrize("sizes", [{"batch": 0}, {"context": 0}])
+def test_an_evaluation_without_rows_or_tokens_is_refused(sizes: dict[str, int]) -> None:
+    data = TokenData.from_ids([1, 2, 3, 1, 2, 3], vocab_size=5)
+    with pytest.raises(DataError, match="at least one row of at least one token"):
+        list(windows(data, **({"batch": 2, "context": 2} | sizes)))

@@ -334,3 +334,16 @@ def test_what_makes_no_sense():
         small.trainer().evaluate()
     with pytest.raises(TrainingError, match="compile is True, False or 'auto'; 'maybe' was given"):
         small.trainer(compile="maybe")
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0])
+def test_a_norm_that_is_no_norm_is_refused(clip: float) -> None:
+    with pytest.raises(TrainingError, match=f"above zero, or None for no clipping; {clip} was given"):
+        small.trainer(clip=clip)
+
+
+def test_with_a_budget_of_seconds_samples_come_with_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = small.trainer(steps=None, seconds=0.5, validation=small.data(), sample=lambda model: "text")
+    seen = [(step.validation is not None, step.sample is not None) for step in trainer]
+    assert any(looked for looked, _ in seen[:-1])
+    assert all(validated == sampled for validated, sampled in seen)

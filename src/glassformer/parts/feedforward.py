@@ -22,6 +22,10 @@ from glassformer.core.spec import Spec, part
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        # The same function, since 1 + tanh(u) = 2 sigmoid(2u): one exponential in place of a hyperbolic tangent,
+        # which on a CPU is half of what a compiled feed-forward layer spends outside its products.
+        return x * torch.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x))
     return F.gelu(x, approximate="tanh")
 
 

@@ -190,6 +190,10 @@ def fused(
     q: Float[Tensor, "b h t k"], k: Float[Tensor, "b g s k"], v: Float[Tensor, "b g s kv"], rule: Rule, dropout: float = 0.0
 ) -> Float[Tensor, "b h t kv"]:
     """Scaled-dot-product attention without ever forming the pattern."""
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad:
+        # On a CPU the kernel's backward pass in bfloat16 takes ten times as long as in float32 (docs/log.md).
+        with torch.autocast("cpu", enabled=False):
+            return fused(q.float(), k.float(), v.float(), rule, dropout).to(q.dtype)
     b, h, t, _ = q.shape
     g, s = k.shape[1], k.shape[2]
     sink = rule.normaliser.sink()

@@ -60,6 +60,8 @@ def windows(data: TokenData, batch: int, context: int, *, most: int | None = Non
     """Consecutive windows that do not overlap; with more than ``most`` of them, that many at even distances."""
     if len(data) < 2:
         raise DataError(f"The validation data has {len(data)} tokens, but a prediction needs two.")
+    if batch < 1 or context < 1:
+        raise DataError(f"An evaluation needs at least one row of at least one token; batch={batch} and context={context} were given.")
     context = min(context, len(data) - 1)
     starts = np.arange(0, len(data) - context, context, dtype=np.int64)
     if most is not None and len(starts) > most:

@@ -134,6 +134,8 @@ class Trainer:
         tensorboard: bool = True,
     ):
         _check_budget(steps, seconds, accumulate)
+        if clip is not None and clip <= 0:
+            raise TrainingError(f"clip is the largest gradient norm, above zero, or None for no clipping; {clip} was given.")
         if isinstance(data, TokenData):
             _check_vocabulary(model, data)
         if steps is not None:
@@ -327,12 +329,13 @@ class Trainer:
 
     def _between(self, step: Step) -> None:
         """Evaluation and sample texts; neither moves the random generators nor anything else that training depends on."""
-        if self.validation is not None and self._due(step, self.evaluate_every):
+        tenth = self._next_tenth(step)
+        if self.validation is not None and self._due(step, self.evaluate_every, tenth):
             with checkpoint.same_randomness():
                 step.validation = self.evaluate()
             self._log.evaluation(step.number, step.validation)
             self._progress.say(f"step {step.number:,}  validation {step.validation}")
-        if self.sample is not None and self._due(step, self.sample_every):
+        if self.sample is not None and self._due(step, self.sample_every, tenth):
             with checkpoint.same_randomness():
                 self.model.eval()
                 try:
@@ -342,15 +345,21 @@ class Trainer:
             self._log.sample(step.number, step.sample)
             self._progress.say(f"step {step.number:,}  sample: {step.sample}")
 
-    def _due(self, step: Step, every: int | None) -> bool:
+    def _next_tenth(self, step: Step) -> bool:
+        """Whether another tenth of a budget of seconds has passed with this step."""
+        if self.seconds is None:
+            return False
+        before, self._tenth = self._tenth, int(step.elapsed / self.seconds * EVALUATIONS)
+        return self._tenth > before
+
+    def _due(self, step: Step, every: int | None, tenth: bool) -> bool:
         """Whether it is time to look: every so many steps, or ten times in the run, and at its end."""
         if self.finished:
             return True
         if every is not None:
             return step.number % every == 0
         if self.seconds is not None:
-            tenth, self._tenth = self._tenth, int(step.elapsed / self.seconds * EVALUATIONS)
-            return self._tenth > tenth
+            return tenth
         return step.number % max((self.steps or 1) // EVALUATIONS, 1) == 0
 
     def _save_due(self, saved: float) -> bool:
