@@ -13,6 +13,7 @@ no torch. The rooms themselves are attributes too: ``gf.text``, ``gf.weights``, 
 from __future__ import annotations
 
 import importlib
+import sys as _sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,7 +34,16 @@ if TYPE_CHECKING:
         TrainingError as TrainingError,
         WeightsError as WeightsError,
     )
-    from .core.mask import Causal as Causal, Everything as Everything, Mask as Mask, Padding as Padding, SameDocument as SameDocument, Window as Window
+    from .core.flow import Ledger as Ledger
+    from .core.mask import (
+        Causal as Causal,
+        Everything as Everything,
+        Mask as Mask,
+        Padding as Padding,
+        SameDocument as SameDocument,
+        Visible as Visible,
+        Window as Window,
+    )
     from .core.numerics import seed_everything as seed_everything
     from .core.spec import Spec as Spec, part as part, registered as registered
     from .core.tap import Edit as Edit, Record as Record, Tap as Tap
@@ -57,15 +67,36 @@ if TYPE_CHECKING:
     )
     from .look import page as page, write_page as write_page
     from .models import Block as Block, Decoder as Decoder, Encoder as Encoder, EncoderDecoder as EncoderDecoder
+    from .models.init import Init as Init, Normal as Normal, Rule as Rule
     from .models.presets import preset as preset
     from .parts.attention import Attention as Attention
-    from .parts.embed import Embedding as Embedding
+    from .parts.embed import Embedding as Embedding, InverseSqrtWidth as InverseSqrtWidth, SqrtWidth as SqrtWidth
     from .parts.experts import Experts as Experts
     from .parts.feedforward import Gated as Gated, Plain as Plain
     from .parts.kernels import Sigmoid as Sigmoid, Softmax as Softmax, SoftmaxPlusOne as SoftmaxPlusOne, SoftmaxSink as SoftmaxSink
     from .parts.norm import DynamicTanh as DynamicTanh, LayerNorm as LayerNorm, NoNorm as NoNorm, RMSNorm as RMSNorm
-    from .parts.position import ALiBi as ALiBi, Learned as Learned, NoPosition as NoPosition, Rotary as Rotary, Sinusoidal as Sinusoidal, T5Buckets as T5Buckets
-    from .parts.readout import Classifier as Classifier, LanguageModel as LanguageModel, States as States, Tagger as Tagger, Vector as Vector
+    from .parts.position import (
+        ALiBi as ALiBi,
+        Learned as Learned,
+        LinearScaling as LinearScaling,
+        Llama3Scaling as Llama3Scaling,
+        NoPosition as NoPosition,
+        NTKScaling as NTKScaling,
+        Rotary as Rotary,
+        Sinusoidal as Sinusoidal,
+        T5Buckets as T5Buckets,
+        YaRNScaling as YaRNScaling,
+    )
+    from .parts.readout import (
+        Classifier as Classifier,
+        First as First,
+        LanguageModel as LanguageModel,
+        Last as Last,
+        Mean as Mean,
+        States as States,
+        Tagger as Tagger,
+        Vector as Vector,
+    )
     from .parts.wiring import Parallel as Parallel, PostNorm as PostNorm, PreNorm as PreNorm, Sandwich as Sandwich
     from .tasks import Batch as Batch, Loss as Loss, NextToken as NextToken, Task as Task
     from .text import Piece as Piece, Tokenizer as Tokenizer
@@ -105,7 +136,9 @@ _DOOR: dict[str, tuple[str, ...]] = {
         "Window",
         "SameDocument",
         "Padding",
+        "Visible",
     ),
+    "core.flow": ("Ledger",),
     "core.cache": ("Cache",),
     "core.numerics": ("seed_everything",),
     "core.errors": (
@@ -142,6 +175,10 @@ _DOOR: dict[str, tuple[str, ...]] = {
         "Rotary",
         "ALiBi",
         "T5Buckets",
+        "LinearScaling",
+        "NTKScaling",
+        "YaRNScaling",
+        "Llama3Scaling",
     ),
     "parts.norm": (
         "LayerNorm",
@@ -160,19 +197,31 @@ _DOOR: dict[str, tuple[str, ...]] = {
         "Sandwich",
         "Parallel",
     ),
-    "parts.embed": ("Embedding",),
+    "parts.embed": (
+        "Embedding",
+        "SqrtWidth",
+        "InverseSqrtWidth",
+    ),
     "parts.readout": (
         "LanguageModel",
         "Classifier",
         "Tagger",
         "States",
         "Vector",
+        "First",
+        "Last",
+        "Mean",
     ),
     "models": (
         "Block",
         "Decoder",
         "Encoder",
         "EncoderDecoder",
+    ),
+    "models.init": (
+        "Init",
+        "Rule",
+        "Normal",
     ),
     "models.presets": ("preset",),
     "weights": (
@@ -231,6 +280,8 @@ _DOOR: dict[str, tuple[str, ...]] = {
     ),
 }
 _ROOMS = ("core", "text", "parts", "models", "weights", "tasks", "infer", "train", "look")
+_ROOMS_OF_PARTS = ("core", "parts", "models", "tasks", "infer", "train")
+_ASKED: list[bool] = []
 _ROOM_OF = {name: room for room, names in _DOOR.items() for name in names}
 
 __all__ = ["__version__", *_ROOM_OF]
@@ -246,7 +297,16 @@ def __getattr__(name: str) -> Any:
 
         raise AttributeError(f"glassformer has no name {name!r}.{did_you_mean(name, __all__)}")
     globals()[name] = value
+    _let_the_registry_ask()
     return value
+
+
+def _let_the_registry_ask() -> None:
+    """Have the registry of parts open every room that holds some, should anyone ask for them."""
+    spec = _sys.modules.get(f"{__name__}.core.spec")
+    if spec is not None and not _ASKED:
+        _ASKED.append(True)
+        spec.when_asked(lambda: [importlib.import_module(f".{room}", __name__) for room in _DOOR if room.split(".")[0] in _ROOMS_OF_PARTS])
 
 
 def __dir__() -> list[str]:

@@ -7,6 +7,7 @@ import torch
 
 from glassformer.core.cache import NO_CACHE, Cache, Clock
 from glassformer.core.errors import CacheError
+from glassformer.core.tap import Edit
 from tools import built, tokens
 
 
@@ -97,3 +98,19 @@ def test_a_clock_is_uniform_when_all_rows_march_together():
     assert clock.uniform
     clock.new = [3, 2]
     assert not clock.uniform
+
+
+def test_a_call_that_failed_midway():
+    def fail(_):
+        raise RuntimeError("midway")
+
+    for name in ("llama", "window"):
+        model, cache = built(name), filled(name, capacity=64)
+        with torch.no_grad(), pytest.raises(RuntimeError, match="midway"):
+            model(tokens(2, 3), cache=cache, tap=Edit("resid_final", fail))
+        if name == "llama":
+            assert torch.allclose(model(tokens(2, 2, seed=1), cache=cache), model(tokens(2, 2, seed=1), cache=filled(name, capacity=64)))
+            continue
+        for use in (lambda: model(tokens(2, 1), cache=cache), lambda: cache.rewind(1), lambda: cache.fork(2)):  # noqa: B023
+            with pytest.raises(CacheError, match=r"failed midway and has overwritten part of its rings: make a new cache with model\.cache\(\.\.\.\)\."):
+                use()

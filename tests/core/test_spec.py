@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from glassformer.core.errors import SpecError, did_you_mean
 from glassformer.core.mask import Causal, Everything, Mask, Window
-from glassformer.core.spec import Spec, part, part_named, registered
+from glassformer.core.spec import Spec, _unplain, part, part_named, registered
 from glassformer.models import Block, Decoder, Encoder, Transformer
 from glassformer.models.presets import preset
 from glassformer.parts.attention import Attention
@@ -226,3 +228,22 @@ def test_presets_print_and_diff():
 def test_did_you_mean():
     assert did_you_mean("attension", ["attention", "norm"]) == " Did you mean 'attention'?"
     assert did_you_mean("zzz", ["attention", "norm"]) == ""
+
+
+def test_a_fresh_process_knows_every_part_at_the_door():
+    for asked in ('assert "RMSNorm" in gf.registered() and "NextToken" in gf.registered()', 'assert gf.Spec.from_dict({"type": "RMSNorm"}).eps == 1e-6'):
+        subprocess.run([sys.executable, "-c", f"import glassformer as gf; {asked}"], check=True)
+
+
+def test_tuples_of_fixed_and_of_any_length():
+    def read(betas):
+        return _unplain(betas, tuple[float, float], "betas")
+
+    assert read([0.9, 1]) == (0.9, 1.0) == read((0.9, 1.0)) and read([{"repeat": 2, "of": 0.5}]) == (0.5, 0.5)
+    for wrong, n in (([0.9, 0.95, 0.99], 3), ([0.9], 1), ([{"repeat": 3, "of": 0.5}], 3)):
+        with pytest.raises(SpecError, match=rf"betas has 2 items, but .* has {n}\."):
+            read(wrong)
+    assert _unplain([{"repeat": 2, "of": 1}, 3], tuple[int, ...], "many") == (1, 1, 3)
+    for times in ("many", True, -1, 1.5):
+        with pytest.raises(SpecError, match=r"many: 'repeat' is a whole number of times, but .* was given\."):
+            _unplain([{"repeat": times, "of": 1}], tuple[int, ...], "many")

@@ -36,7 +36,7 @@ from tools import built, call, source, tokens
         ("step.{0-2}.logits", "step.1.logits", True),
         ("step.*.logits", "step.9.logits", True),
         ("decoder.**.z", "step.0.decoder.blocks.1.attn.z", True),
-        ("step.3.logits", "logits", True),  # the form in which a model without steps is asked whether it has the site
+        ("step.3.logits", "logits", False),  # a plain call is no step
         ("step.3", "logits", False),
         ("blocks", "blocks.0", False),
     ],
@@ -208,3 +208,11 @@ def test_a_tap_of_one_s_own():
     tap = Largest()
     built("llama")(tokens(), tap=tap)
     assert "logits" in tap.found and "blocks.0.attn.pattern" not in tap.found
+
+
+def test_a_pattern_of_a_step_is_known_to_a_model_but_meets_no_plain_call():
+    pattern = Pattern.read("step.3.logits")
+    assert pattern.may_meet("logits") and not pattern.may_meet("resid_final") and not Pattern.read("step.3").may_meet("logits")
+    tap = Record("step.3.logits", "resid_final")
+    built("llama")(tokens(), tap=tap | Edit("step.0.resid_final", lambda x: x / 0))
+    assert tap.paths == ["resid_final"] and tap["resid_final"].isfinite().all()

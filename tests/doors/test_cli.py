@@ -101,6 +101,43 @@ def test_train_takes_text_of_ones_own_and_a_free_folder(run, tmp_path: Path) -> 
     assert glassformer.load(tmp_path / wanted).model.spec.vocab_size == len(set("the car is red and the sky is blue\n"))
 
 
+def test_resume_by_name_goes_on_with_the_usual_folder(run, tmp_path: Path) -> None:
+    assert run("train", "shakespeare_quick", "--steps", "1", *SMALL).code == 0
+    ended = run("train", "shakespeare_quick", "--steps", "2", "--resume", *SMALL)
+    assert ended.code == 0
+    assert "trained 2 steps" in ended.out
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["shakespeare_quick"]
+
+
+def test_a_run_with_a_part_of_ones_own_goes_on_in_another_process(run, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import glassformer as gf\nfrom glassformer.core.spec import part\n"
+        "@part\nclass MyRate(gf.Constant):\n    pass\n"
+        "def recipe():\n    block = gf.Block(attention=gf.Attention(n_heads=2, position=gf.Rotary()), feedforward=gf.Plain(d_ff=16), norm=gf.RMSNorm())\n"
+        "    return gf.Recipe(gf.Decoder(vocab_size=7, d_model=8, blocks=(block,)), steps=1, batch=2, context=16, evaluate_windows=2, schedule=MyRate())\n"
+    )
+
+    def train(*args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(fresh("train", *args), capture_output=True, text=True, cwd=tmp_path, check=False)
+
+    assert train("mine.py").returncode == 0
+    (tmp_path / "mine.py").unlink()
+    ended = train("runs/mine", "--resume", "--steps", "2")
+    assert ended.returncode == 0, ended.stderr
+    assert "trained 2 steps" in ended.stdout
+    (tmp_path / "runs/mine/recipe.py").unlink()
+    ended = run("train", "runs/mine", "--resume", "--steps", "3")
+    assert ended.code != 0
+    assert "'MyRate'" in ended.err
+    assert "known only after its module was imported: train from the .py recipe that does so" in " ".join(ended.err.split())
+
+
+def test_a_prompt_that_is_not_utf8_is_named(trained: Path) -> None:
+    ended = subprocess.run(fresh("generate", str(trained), "-"), input="déjà".encode("latin-1"), capture_output=True, check=False)
+    assert ended.returncode != 0
+    assert b"Standard input is not UTF-8 text (byte 1 is 0xe9): convert it first." in b" ".join(ended.stderr.split())
+
+
 def test_generate_streams_the_prompt_and_its_continuation(run, trained: Path) -> None:
     ended = run("generate", trained, "ROMEO:", "--max-new-tokens", "12", "--seed", "3")
     assert ended.code == 0

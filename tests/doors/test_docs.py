@@ -1,18 +1,23 @@
 """Every ```python block of README.md and docs/*.md runs.
 
 The blocks of one page run in order, as one program in an empty folder, at the line numbers that they have on the
-page. A block after ``<!-- not run: reason -->`` is only compiled.
+page. A block after ``<!-- not run: reason -->`` is only compiled. Lines of the command line are parsed, not run.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+
+from glassformer.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -50,6 +55,52 @@ def test_blocks_are_found_where_they_stand() -> None:
     page = "a\n```python\nx = 1\n```\n<!-- not run: needs a download -->\n```python\ny = 2\n```\n```bash\nls\n```\n```python\nz = x\n```\n"
     assert blocks(page) == [(3, "x = 1\n", True), (7, "y = 2\n", False), (13, "z = x\n", True)]
     assert program(page).splitlines() == ["", "", "x = 1", *[""] * 9, "z = x"]
+
+
+def commands(page: str) -> list[tuple[int, str]]:
+    """(line, command) of every ``glassformer …`` line in a block without a language; what stands behind two spaces is an explanation."""
+    found: list[tuple[int, str]] = []
+    fence: str | None = None
+    for number, line in enumerate(page.splitlines(), 1):
+        if line.startswith("```"):
+            fence = line[3:].strip() if fence is None else None
+        elif fence == "" and line.startswith("glassformer "):
+            found.append((number, re.split(r"\s{2,}", line.strip())[0]))
+    return found
+
+
+def parse(line: str) -> dict[str, Any]:
+    """What the real command would be called with."""
+    command: Any = typer.main.get_command(app)
+    _, *words = shlex.split(line, comments=True)
+    while hasattr(command, "commands"):
+        assert words, f"{line!r} ends before a command"
+        assert words[0] in command.commands, f"{line!r}: {words[0]!r} is none of {', '.join(command.commands)}"
+        command = command.commands[words.pop(0)]
+    params: dict[str, Any] = command.make_context(line, words).params
+    return params
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_command_lines_are_understood(path: Path) -> None:
+    found = commands(path.read_text(encoding="utf-8"))
+    assert found or path.name != "README.md"
+    for number, line in found:
+        try:
+            parse(line)
+        except Exception as error:
+            raise AssertionError(f"{path.relative_to(ROOT)}:{number}: {line}: {error}") from error
+
+
+def test_command_lines_are_found_and_wrong_ones_refused() -> None:
+    page = "glassformer x\n```\nglassformer params tiny   all of them\n```\n```python\nglassformer = 1\n```\n```\nmake\nglassformer look 'a' -m run\n```\n"
+    assert commands(page) == [(3, "glassformer params tiny"), (10, "glassformer look 'a' -m run")]
+    assert parse("glassformer look 'a b' -m run")["text"] == "a b"
+    for wrong in ("tokenizer show 'a b' --tokenizer tok", "params", "params tiny gpt2", "generate run 'a' --top-k many"):
+        with pytest.raises(Exception, match=r"(?i)no such option|missing parameter|unexpected extra argument|valid int"):
+            parse(f"glassformer {wrong}")
+    with pytest.raises(AssertionError, match="'lern' is none of train"):
+        parse("glassformer lern it")
 
 
 def test_links_inside_the_repository_lead_somewhere() -> None:

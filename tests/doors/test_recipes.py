@@ -113,6 +113,21 @@ def test_a_tokenizer_of_ones_own(tmp_path: Path) -> None:
         gf.LoadTokenizer("nowhere.json").make(list)
 
 
+def test_a_left_over_tokenizer_does_not_win_over_the_one_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    recipe = small().replace(data=str(tmp_path / "text.txt"))
+    first = recipe.prepare(tmp_path / "run/data")
+    words = recipe.replace(tokenizer=gf.TrainTokenizer("words"))
+    trainer = words.trainer(tmp_path / "run")  # no run was begun with those shards: they are made again
+    assert trainer.tokenizer.hash != first.tokenizer_hash
+    trainer.run()
+    with pytest.raises(
+        gf.CheckpointError, match=r"was begun with the tokenizer .*'words'.*, but .*'characters'.* is asked for: go on with the tokenizer it has"
+    ):
+        recipe.trainer(tmp_path / "run", resume=True)
+    assert words.trainer(tmp_path / "run", resume=True).finished
+
+
 def test_the_validation_part_is_the_end_of_the_text(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     trainer = small().replace(data=str(tmp_path / "text.txt"), validation=0.25).trainer(tmp_path / "run")
@@ -126,6 +141,8 @@ def test_impossible_recipes_are_refused() -> None:
         small().replace(steps=None)
     with pytest.raises(gf.SpecError, match=r"A budget is above zero; steps=0 and seconds=None were given"):
         small().replace(steps=0)
+    with pytest.raises(gf.SpecError, match=r"A budget is above zero; steps=4 and seconds=nan were given"):
+        small().replace(seconds=float("nan"))
     with pytest.raises(gf.SpecError, match=r"validation is a share of the text, from 0 up to but not including 1; 1.5 was given"):
         small().replace(validation=1.5)
     with pytest.raises(gf.DataError, match=r"There is no file or folder 'tinyshakespear'\. Did you mean 'tinyshakespeare'"):

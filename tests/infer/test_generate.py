@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
 import torch
 
 from glassformer.core.errors import CacheError, InputError, SamplerError
-from glassformer.infer import Draw, Generated, Greedy, Penalties, Session, TopK, generate, stream
+from glassformer.infer import Draw, Generated, Greedy, Penalties, Session, TopK, build_chain, generate, stream
+from glassformer.infer.generate import Options
 from infer.fake import Bigram, Bytes, Pieces
 
 ABC = Pieces("a", "b", "c", "END", "E", "N", "D", "\n")
@@ -62,7 +64,11 @@ def test_an_empty_prompt_begins_with_the_beginning_of_text():
         ([0], {"temperature": -1}, SamplerError, "0 or more, but -1"),
         ([[0], [1]], {"seed": [1, 2, 3]}, SamplerError, "3 seeds were given for 2 prompts"),
         ([0], {"decoder_start": 1}, InputError, "decoder_start is for encoder-decoder"),
-        ([0], {"typical_q": 1}, TypeError, "typical_q"),
+        ([0], {"typical_q": 1}, SamplerError, "no option 'typical_q'"),
+        ([0], {"max_tokens": 3}, SamplerError, "no option 'max_tokens'. Did you mean 'max_new_tokens'"),
+        ([0], {"max_tokens": None}, SamplerError, "no option 'max_tokens'"),
+        ([0], {"max_tokens": 3, "sampler": Greedy()}, SamplerError, "no option 'max_tokens'"),
+        ([0], {"sampler": Greedy(), "suppress": [1]}, SamplerError, "suppress were both given"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_the_model_runs(prompt, options, error, words):
@@ -80,6 +86,14 @@ def test_a_cache_that_is_too_small_is_refused_before_the_model_runs():
         generate(model, [0, 1], max_new_tokens=5, cache=model.cache(2, 50))
     assert model.calls == []
     assert generate(model, [0, 1], max_new_tokens=4, cache=model.cache(1, 5)).ids == [2, 0, 1, 2]
+
+
+def test_every_option_is_accepted_and_every_sampling_name_is_an_option():
+    options = set(Options.__annotations__)
+    assert set(inspect.signature(build_chain).parameters) <= options
+    taken = dict.fromkeys(options - {"max_new_tokens", "logprobs", "stop", "order"})
+    assert generate(says("abc"), [0], max_new_tokens=3, logprobs=0, stop=(), order="llama.cpp", **taken).ids == [1, 2, 0]
+    assert 1 not in generate(says("abc"), [0], max_new_tokens=3, suppress=[1]).ids
 
 
 def test_nothing_left_to_choose_is_an_error_that_names_row_and_step():

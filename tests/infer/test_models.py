@@ -16,6 +16,7 @@ from glassformer.parts.attention import Attention
 from glassformer.parts.feedforward import Gated, Plain
 from glassformer.parts.norm import LayerNorm, RMSNorm
 from glassformer.parts.position import ALiBi, Learned, Rotary, T5Buckets
+from glassformer.parts.readout import Classifier, States, Tagger, Vector
 
 torch.set_num_threads(1)
 
@@ -208,6 +209,11 @@ def test_generation_leaves_modes_and_gradients_as_they_were():
     model.train()
     model.blocks[0].eval()
     assert [m.training for m in model.modules()] == modes
+    model.eval()
+    model.blocks[0].train()
+    modes = [m.training for m in model.modules()]
+    same(a, generate(model, PROMPTS[0], max_new_tokens=8))
+    assert [m.training for m in model.modules()] == modes
     assert torch.is_grad_enabled()
     assert all(p.grad is None for p in model.parameters())
 
@@ -217,13 +223,48 @@ def test_generation_leaves_modes_and_gradients_as_they_were():
 
 def test_learned_positions_end_before_the_start():
     model = loud(decoder("learned").build(seed=0))
-    assert len(generate(model, [1] * 60, max_new_tokens=4).ids) == 4
-    with pytest.raises(InputError, match=r"64 learned positions, but 60 tokens of prompt and 5 new ones need 65.*at most 4 new"):
-        generate(model, [1] * 60, max_new_tokens=5)
+    for cache in (None, False):
+        assert len(generate(model, [1] * 60, max_new_tokens=5, cache=cache).ids) == 5
+        assert len(generate(model, [1] * 64, max_new_tokens=1, cache=cache).ids) == 1
+        with pytest.raises(InputError, match=r"64 learned positions, but 60 tokens of prompt and 6 new ones need 65.*at most 5 new"):
+            generate(model, [1] * 60, max_new_tokens=6, cache=cache)
+        with pytest.raises(InputError, match=r"65 tokens of prompt and 1 new ones need 65.*at most 0 new"):
+            generate(model, [1] * 65, max_new_tokens=1, cache=cache)
     cache = model.cache(1, 100)
     generate(model, [1] * 30, max_new_tokens=11, cache=cache)
-    with pytest.raises(InputError, match="but 50 tokens of prompt and 15 new ones need 65"):
-        generate(model, [1] * 10, max_new_tokens=15, cache=cache)
+    with pytest.raises(InputError, match=r"but 50 tokens of prompt and 16 new ones need 65.*at most 15 new"):
+        generate(model, [1] * 10, max_new_tokens=16, cache=cache)
+    assert len(generate(model, [1] * 10, max_new_tokens=15, cache=cache).ids) == 15
+    assert cache.length == 64
+
+
+def test_rows_of_different_lengths_reach_the_last_learned_position():
+    model = loud(decoder("learned").build(seed=0))
+    rows = [[1] * 60, [2] * 3, [3] * 58]
+    for row, one in zip(rows, generate(model, rows, max_new_tokens=5, logprobs=1), strict=True):
+        same(one, generate(model, row, max_new_tokens=5, logprobs=1))
+
+
+def test_a_fixed_cache_is_filled_to_its_last_place(model):
+    cache = model.cache(1, 12)
+    full = generate(model, [1] * 8, max_new_tokens=5, cache=cache, logprobs=1)
+    same(full, generate(model, [1] * 8, max_new_tokens=5, cache=False, logprobs=1))
+    assert cache.length == 12
+    with pytest.raises(CacheError, match="a prompt of 8 and 6 new tokens need 13"):
+        generate(model, [1] * 8, max_new_tokens=6, cache=model.cache(1, 12))
+
+
+@pytest.mark.parametrize("readout", [States(), Tagger(3), Classifier(3), Vector()], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize("cache", [None, False])
+def test_models_that_predict_no_tokens_are_refused(translator, readout, cache):
+    blocks = decoder("rotary").blocks
+    for spec in (
+        Decoder(V, D, blocks, readout=readout),
+        Encoder(V, D, blocks, readout=readout),
+        EncoderDecoder(translator.spec.encoder, translator.spec.decoder.replace(readout=readout), start=3),
+    ):
+        with pytest.raises(InputError, match=f"the model's read-out is {type(readout).__name__}"):
+            generate(spec.build(seed=0), [1, 2], max_new_tokens=2, cache=cache)
 
 
 def test_models_without_learned_positions_have_no_limit(rotary):

@@ -140,3 +140,11 @@ def test_bfloat16_training_attention_on_a_cpu_is_the_float32_kernel() -> None:
     reference.sum().backward()
     for x, w in zip((q, k, v), wide, strict=True):
         torch.testing.assert_close(x.grad.float(), w.grad, atol=1e-2, rtol=1e-2)  # one rounding to bfloat16
+
+
+def test_a_soft_cap_with_a_sink_or_dropout_has_no_fused_kernel():
+    cuda = torch.device("cuda")
+    for normaliser, fits in (("softmax", True), ("plus-one", False), ("sink", False)):
+        rule = made("causal", "none", normaliser, cap=3.0)[3]
+        assert kernels.has_fused(rule, cuda) is fits and not kernels.has_fused(rule, cuda, 0.1)
+    assert kernels.has_fused(made("causal", "none", "sink")[3], cuda, 0.1)

@@ -149,6 +149,19 @@ def test_the_model_is_left_as_it_was() -> None:
     np.testing.assert_array_equal(a.patterns[0], b.patterns[0])  # no dropout while looking
 
 
+def test_every_part_is_run_in_evaluation_mode_and_is_left_in_its_own() -> None:
+    model = built("gpt2")
+    for root, part in ((True, False), (False, True)):
+        model.train(root).blocks[0].train(part)
+        modes = [m.training for m in model.modules()]
+        seen: list[bool] = []
+        watch = model.blocks[0].register_forward_pre_hook(lambda module, _, seen=seen: seen.append(module.training))
+        gather(model, Letters(), TEXT)
+        watch.remove()
+        assert seen == [False]
+        assert [m.training for m in model.modules()] == modes
+
+
 def test_bf16_models_can_be_looked_into() -> None:
     inside = gather(preset("tiny", vocab_size=31).build(seed=0, dtype="bf16"), Letters(), TEXT)
     assert inside.norms.adds

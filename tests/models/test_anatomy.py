@@ -198,3 +198,14 @@ def test_the_cache_is_as_large_as_announced(name):
         call(model, tokens(2, 9), cache=cache)
     held = sum(x.numel() * x.element_size() for layer in cache.layers for x in layer["attn"].tensors().values())
     assert held == 2 * 9 * model.bytes().cache_per_token
+
+
+def test_causality_follows_the_mask_and_not_the_name():
+    class Reader(Encoder):
+        pass
+
+    block = Block(Attention(4))
+    model = Encoder(VOCAB, D, (block,)).build(seed=0)
+    said = model.flops_per_token(8), model.bytes()
+    model.spec = Reader(VOCAB, D, (block,))
+    assert (model.flops_per_token(8), model.bytes()) == said

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from glassformer.core.errors import InputError, SpecError
-from glassformer.core.mask import Window
+from glassformer.core.mask import Visible, Window
+from glassformer.core.tap import Record
 from glassformer.models import Block, Decoder, Encoder, EncoderDecoder
-from glassformer.models.init import Declared, Init, Normal, Rule
+from glassformer.models.init import NORMS, Declared, Fill, Init, Normal, Rule
 from glassformer.parts.attention import Attention
+from glassformer.parts.embed import Embedding
 from glassformer.parts.experts import Experts
 from glassformer.parts.feedforward import Gated, Plain
 from glassformer.parts.norm import RMSNorm
-from glassformer.parts.position import ALiBi, Learned, Rotary, Sinusoidal
+from glassformer.parts.position import (
+    ALiBi,
+    Learned,
+    LinearScaling,
+    Llama3Scaling,
+    NTKScaling,
+    Position,
+    PositionLayer,
+    Rotary,
+    Sinusoidal,
+    T5Buckets,
+    YaRNScaling,
+)
+from glassformer.parts.readout import Classifier, Tagger, Vector
 from glassformer.parts.wiring import Parallel
 from tools import VOCAB, D, a_pass, built, tokens
 
@@ -144,3 +161,113 @@ def test_a_window_of_one_layer_does_not_need_the_others_to_have_one():
 def test_a_model_without_blocks_is_an_embedding_and_a_read_out():
     model = Decoder(VOCAB, D, (), tied=True).build(seed=0)
     assert model(tokens()).shape == (2, 9, VOCAB) and [s.path for s in model.sites()] == ["embed", "final_norm.scale", "resid_final", "logits"]
+
+
+# Layers and halves keep what is their own
+
+
+@dataclass(frozen=True)
+class _Lean(Position):
+    """A bias towards one key place."""
+
+    place: int
+
+    @property
+    def biases(self) -> bool:
+        return True
+
+    def build(self, d_model, n_heads, d_head):
+        layer = PositionLayer()
+        layer.bias = lambda q, k: (k == self.place).float()[None, None, None, :].expand(1, n_heads, q.shape[-1], -1) * 50
+        return layer
+
+
+def test_positions_of_ones_own_are_each_layers_own():
+    blocks = tuple(Block(Attention(4, position=_Lean(n))) for n in (0, 2))
+    tap = Record("blocks.*.attn.pattern")
+    Encoder(VOCAB, D, blocks).build(seed=0)(tokens(), tap=tap)
+    assert [set(tap[f"blocks.{i}.attn.pattern"].argmax(-1).flatten().tolist()) for i in (0, 1)] == [{0}, {2}]
+
+
+def test_masks_that_hold_tensors_are_each_layers_own():
+    t = 2_000  # a tensor so long is printed with its middle left out
+    hidden = [torch.ones(1, t, dtype=torch.bool) for _ in range(2)]
+    hidden[1][0, 1_000] = False
+    blocks = tuple(Block(Attention(4, mask=Visible(m))) for m in hidden)
+    tap = Record("blocks.*.attn.pattern[0]")
+    Encoder(VOCAB, D, blocks).build(seed=0)(tokens(1, t), tap=tap)
+    assert [bool((tap[f"blocks.{i}.attn.pattern"][..., 1_000] == 0).all()) for i in (0, 1)] == [False, True]
+
+
+def test_each_half_of_an_encoder_decoder_is_initialised_by_its_own_table():
+    crossed = Block(Attention(4), cross=Attention(4))
+    fill = Init((NORMS, Rule(("weight", "bias", "matrix"), Fill(0.5))))
+    spec = EncoderDecoder(Encoder(VOCAB, D, (BLOCK,), init=fill), Decoder(VOCAB, D, (crossed,) * 2))
+    model = spec.build(seed=0)
+    assert (model.encoder.blocks[0].attn.qkv.weight == 0.5).all() and (model.encoder.embed.weight == 0.5).all()
+    assert model.decoder.embed.weight is model.encoder.embed.weight and model.decoder.blocks[0].attn.qkv.weight.std() < 0.1
+    # One decoder layer less leaves the encoder alone, one encoder layer more leaves the decoder alone.
+    a = EncoderDecoder(Encoder(VOCAB, D, (BLOCK,)), Decoder(VOCAB, D, (crossed,) * 2)).build(seed=0)
+    b = EncoderDecoder(Encoder(VOCAB, D, (BLOCK,)), Decoder(VOCAB, D, (crossed,))).build(seed=0)
+    c = EncoderDecoder(Encoder(VOCAB, D, (BLOCK,) * 3), Decoder(VOCAB, D, (crossed,) * 2)).build(seed=0)
+    assert torch.equal(a.encoder.blocks[0].attn.out.weight, b.encoder.blocks[0].attn.out.weight)
+    assert torch.equal(a.decoder.blocks[0].attn.out.weight, c.decoder.blocks[0].attn.out.weight)
+    assert a.encoder.blocks[0].attn.out.weight.std() > c.encoder.blocks[0].attn.out.weight.std()
+
+
+@pytest.mark.parametrize("readout", [Classifier(3), Vector()])
+def test_a_pooled_read_out_has_no_positions_to_choose_from(readout):
+    model = Encoder(VOCAB, D, (BLOCK,), readout=readout).build(seed=0)
+    with pytest.raises(InputError, match=r"keep chooses positions to read out, but (Classifier|Vector) makes one vector of a whole row: leave keep out\."):
+        model(tokens(), keep=1)
+    with pytest.raises(InputError, match=r"makes one vector of a row, but row 1 has length 0: leave empty rows out\."):
+        model(tokens(), lengths=[3, 0])
+
+
+def test_tokens_that_are_no_integers_and_vectors_of_another_width():
+    with pytest.raises(InputError, match=r"Tokens are torch\.float32, but token ids are integers: use tokens\.long\(\)"):
+        built("llama")(tokens().float())
+    with pytest.raises(InputError, match=rf"inputs_embeds have shape \(2, 3, 5\), but this model reads \[batch, position, d_model={D}\]\."):
+        built("llama")(inputs_embeds=torch.zeros(2, 3, 5))
+
+
+def test_a_bias_of_the_model_needs_blocks_of_equally_many_heads():
+    spec = Decoder(VOCAB, D, (BLOCK, Block(Attention(2))), position=ALiBi())
+    with pytest.raises(SpecError, match=r"ALiBi biases every head of every block alike, but the blocks have 2 and 4 heads: "):
+        spec.build(seed=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Attention(4, d_head=0), r"Attention\(d_head=0\): a head has at least 1 feature"),
+        (lambda: Attention(4, d_value=-1), r"Attention\(d_value=-1\): a head has at least 1 feature"),
+        (lambda: Plain(0), r"Plain\(d_ff=0\): a feed-forward layer is at least 1 wide\."),
+        (lambda: Gated(-3), r"Gated\(d_ff=-3\)"),
+        (lambda: Plain(8, dropout=1.0), r"Plain\(dropout=1\.0\): a dropout rate lies in \[0, 1\)\."),
+        (lambda: Gated(8, dropout=-0.1), r"Gated\(dropout=-0\.1\)"),
+        (lambda: Embedding(dropout=1.5), r"Embedding\(dropout=1\.5\)"),
+        (lambda: Tagger(3, dropout=1.0), r"Tagger\(dropout=1\.0\)"),
+        (lambda: Classifier(3, dropout=1.0), r"Classifier\(dropout=1\.0\)"),
+        (lambda: LinearScaling(0.0), r"LinearScaling\(factor=0\.0\): a context is stretched by a factor above 0\."),
+        (lambda: NTKScaling(-1.0), r"NTKScaling\(factor=-1\.0\)"),
+        (lambda: YaRNScaling(0.0, 64), r"YaRNScaling\(factor=0\.0\)"),
+        (lambda: Llama3Scaling(0.0), r"Llama3Scaling\(factor=0\.0\)"),
+        (lambda: T5Buckets(3), r"T5Buckets\(buckets=3\): with bidirectional=True at least 4 are needed\."),
+        (lambda: T5Buckets(1, bidirectional=False), r"at least 2 are needed\."),
+        (lambda: T5Buckets(32, 8), r"T5Buckets\(max_distance=8\): the first 8 distances have buckets of their own, so it lies above 8\."),
+    ],
+)
+def test_sizes_rates_and_factors_outside_their_range(make, said):
+    with pytest.raises(SpecError, match=said):
+        make()
+
+
+def test_reading_a_stream():
+    model = built("llama")
+    tap = Record("blocks.1.resid_post", "resid_final")
+    logits = model(tokens(), tap=tap)
+    assert torch.equal(model.read(tap["resid_final"]), logits)
+    assert torch.equal(model.read(tap["blocks.1.resid_post"], normed=False), logits)
+    with pytest.raises(InputError, match=rf"The stream has shape \(2, 5\), but this model's read-out reads \[batch, position, d_model={D}\]\."):
+        model.read(torch.zeros(2, 5))

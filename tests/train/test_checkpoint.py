@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from glassformer.core.errors import CheckpointError
+from glassformer.core.errors import CheckpointError, TrainingError
 from glassformer.train import AdamW, Constant, Muon, TokenData, checkpoint
 from glassformer.train.checkpoint import list_steps, newest, read
 from glassformer.train.log import read_metrics
@@ -276,6 +276,7 @@ def test_the_settings_of_compilation_are_kept_over_a_kill(tmp_path):
     steps = iter(trainer)
     for _ in range(6):
         next(steps)
+    trainer._finish = lambda: None
     steps.close()  # as if killed: no checkpoint since step 0
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["decision"] == {"compile": False, "after": 5}
@@ -330,3 +331,24 @@ def test_a_run_record_that_cannot_be_read(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"run.json cannot be read .* truncated or was edited"):
         run(tmp_path, resume=True)
+
+
+def test_leaving_the_loop_saves_and_lets_go_of_the_folder(tmp_path):
+    whole = run(tmp_path / "whole")
+    trainer = small.trainer(small.model(dropout=0.1), folder=tmp_path / "left", steps=9, **ANY)
+    for step in trainer:
+        if step.number == 5:
+            break
+    assert list_steps(tmp_path / "left")[-1] == 5
+    with pytest.raises(TrainingError, match=r"let go of .*left when its loop ended, after step 5: go on with a new Trainer\(…, folder=…, resume=True\)"):
+        trainer.run()
+    again = small.trainer(small.model(dropout=0.1), folder=tmp_path / "left", steps=9, resume=True, **ANY)
+    assert small.losses(again) == whole[5:]
+    assert list(again) == []  # finished: nothing to do
+
+
+def test_leaving_the_loop_at_the_last_step_finishes_the_run(tmp_path):
+    for step in small.trainer(folder=tmp_path, **ANY | {"steps": 3}):
+        if step.number == 3:
+            break
+    assert own.load(tmp_path).extra["step"] == 3

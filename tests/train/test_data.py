@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import lzma
 
@@ -111,6 +112,12 @@ def test_shards_are_used_again_only_for_the_same_text_and_tokenizer(tmp_path, le
         prepare(tmp_path / "a.txt", letters, tmp_path / "shards")
 
 
+def test_an_empty_folder_may_be_there_already(tmp_path, letters):
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "shards").mkdir()
+    assert len(prepare(tmp_path / "a.txt", letters, tmp_path / "shards")) == len(TEXT)
+
+
 def test_a_wrong_tokenizer_is_an_error_that_names_both(tmp_path, letters, merges):
     (tmp_path / "a.txt").write_text(TEXT)
     prepare(tmp_path / "a.txt", letters, tmp_path / "shards")
@@ -123,6 +130,12 @@ def test_damaged_shards_are_named(tmp_path, letters):
     (tmp_path / "a.txt").write_text(TEXT)
     prepare(tmp_path / "a.txt", letters, tmp_path / "shards")
     shard, index = tmp_path / "shards/tokens-00000.bin", tmp_path / "shards/index.json"
+    starts = tmp_path / "shards/documents.bin"
+    kept = starts.read_bytes()
+    starts.unlink()
+    with pytest.raises(DataError, match=r"documents.bin should hold 8 bytes, but there is no file: prepare the text again"):
+        TokenData.open(tmp_path / "shards")
+    starts.write_bytes(kept)
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(DataError, match=r"tokens-00000.bin should hold \d+ bytes, but there is \d+ bytes"):
         TokenData.open(tmp_path / "shards")
@@ -152,6 +165,10 @@ def test_what_cannot_be_read_is_named(tmp_path, letters):
     (tmp_path / "cut.txt.xz").write_bytes(lzma.compress(b"or not" * 99)[:-20])
     with pytest.raises(DataError, match=r"cut.txt.xz cannot be read"):
         prepare(tmp_path / "cut.txt.xz", letters, tmp_path / "out")
+    packed = gzip.compress(b"".join(f"{n}, or not? ".encode() for n in range(999)))
+    (tmp_path / "torn.txt.gz").write_bytes(packed[:200] + bytes(b ^ 255 for b in packed[200:260]) + packed[260:])
+    with pytest.raises(DataError, match=r"torn.txt.gz cannot be read"):
+        prepare(tmp_path / "torn.txt.gz", letters, tmp_path / "out")
     (tmp_path / "bad.jsonl").write_text('{"text": "to"}\n{"words": 1}\n')
     with pytest.raises(DataError, match='bad.jsonl, line 2: a JSON object with a "text" is expected'):
         prepare(tmp_path / "bad.jsonl", letters, tmp_path / "out")

@@ -324,6 +324,8 @@ def test_what_makes_no_sense():
         small.trainer(steps=None)
     with pytest.raises(TrainingError, match="The budget is above zero; steps=0"):
         small.trainer(steps=0)
+    with pytest.raises(TrainingError, match="The budget is above zero; steps=None and seconds=nan"):
+        small.trainer(steps=None, seconds=float("nan"))
     with pytest.raises(TrainingError, match="accumulate=0 was given"):
         small.trainer(accumulate=0)
     with pytest.raises(SpecProblem, match="A warm-up of 100 steps takes more than half of a run of 12"):
@@ -334,6 +336,12 @@ def test_what_makes_no_sense():
         small.trainer().evaluate()
     with pytest.raises(TrainingError, match="compile is True, False or 'auto'; 'maybe' was given"):
         small.trainer(compile="maybe")
+
+
+@pytest.mark.parametrize("name", ["evaluate_every", "sample_every", "save_every", "evaluate_windows", "keep", "batch", "context"])
+def test_counts_below_one_are_refused(name: str) -> None:
+    with pytest.raises(TrainingError, match=f"{name} is 1 or more; {name}=0 was given"):
+        small.trainer(**{name: 0})
 
 
 @pytest.mark.parametrize("clip", [0.0, -1.0])

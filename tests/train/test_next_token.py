@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from glassformer.core.errors import SpecError
+from glassformer.core.errors import SpecError, TrainingError
+from glassformer.models.presets import preset
+from glassformer.parts.readout import States
 from glassformer.tasks import Batch, Loss, NextToken, Task
 from train import small
 
@@ -81,3 +83,14 @@ def test_specs_and_errors():
         NextToken(label_smoothing=1.0)
     with pytest.raises(SpecError, match="z_loss is a weight, 0 or more; -1.0 was given"):
         NextToken(z_loss=-1.0)
+
+
+def test_models_that_cannot_predict_the_next_token_are_refused_before_the_first_step():
+    NextToken().check(small.model())
+    NextToken().check(nn.Linear(2, 2))  # no spec: anything may be in it
+    with pytest.raises(TrainingError, match=r"NextToken trains a Decoder .* but this Encoder has the mask Everything\(\) and sees the tokens"):
+        NextToken().check(preset("bert-base").build(device="meta"))
+    with pytest.raises(TrainingError, match=r"but this model is an EncoderDecoder, which reads a second text"):
+        NextToken().check(preset("t5-small").build(device="meta"))
+    with pytest.raises(TrainingError, match=r"but this Decoder has the read-out States: build it with readout=LanguageModel"):
+        small.trainer(small.spec().replace(readout=States()).build(seed=0))

@@ -7,6 +7,7 @@ from torch import nn
 
 from glassformer.core.errors import CheckpointError, SpecError
 from glassformer.core.spec import registered
+from glassformer.parts.experts import Experts
 from glassformer.train import AdamW, Muon, Optimizer
 from train import small
 
@@ -42,6 +43,18 @@ def test_muon_takes_the_matrices_inside_blocks_and_adamw_the_rest():
     assert "readout.matrix" in groups[1][1]
     assert "embed.weight" in groups[2][1]
     assert sorted(n for _, names, _ in groups for n in names) == sorted(n for n, _ in model.named_parameters())
+
+
+def test_muon_takes_the_experts_matrices_and_adamw_their_router():
+    spec = small.spec()
+    model = spec.at("blocks.*.feedforward").update(lambda f: Experts(expert=f, n_experts=4, top_k=2)).build(seed=0)
+    groups = list(Muon().build(model).groups())
+    experts = [n for n, p in model.named_parameters() if ".experts." in n and "router" not in n and p.ndim == 2]
+    assert len(experts) >= 16
+    assert set(experts) <= set(groups[0][1])
+    assert not any("router" in n for n in groups[0][1])
+    assert sum("router" in n for n in groups[1][1]) == 2
+    assert groups[1][2]["weight_decay"] == 0.1
 
 
 def adamw_by_hand(w: np.ndarray, gradients: list[np.ndarray], lr: float, decay: float, betas: tuple[float, float], eps: float) -> np.ndarray:
@@ -130,8 +143,16 @@ def test_all_optimizers_are_specs():
 def test_what_makes_no_sense():
     with pytest.raises(SpecError, match="lr is above 0; -1.0 was given"):
         AdamW(lr=-1.0)
-    with pytest.raises(SpecError, match=r"betas lie in \[0, 1\); \(0.9, 1.0\) were given"):
+    with pytest.raises(SpecError, match=r"betas are two numbers in \[0, 1\); \(0.9, 1.0\) were given"):
         AdamW(betas=(0.9, 1.0))
+    with pytest.raises(SpecError, match=r"betas are two numbers in \[0, 1\); \(0.9,\) were given"):
+        AdamW(betas=(0.9,))  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="eps is above 0; 0.0 was given"):
+        AdamW(eps=0.0)
+    with pytest.raises(SpecError, match=r"momentum lies in \[0, 1\); 1.0 was given"):
+        Muon(momentum=1.0)
+    with pytest.raises(SpecError, match="iterations of Newton-Schulz are 1 or more; 0 was given"):
+        Muon(iterations=0)
     with pytest.raises(SpecError, match="weight_decay is 0 or more; -0.1 was given"):
         AdamW(weight_decay=-0.1)
     with pytest.raises(SpecError, match="lr is above 0; 0.0 was given"):

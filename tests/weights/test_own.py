@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from glassformer.core.errors import WeightsError
@@ -180,3 +180,34 @@ def test_a_write_that_fails_leaves_the_old_model(folder, monkeypatch):
         own.save(fresh("gpt2"), folder)
     assert own.load(folder).model.spec == ALL["llama"]
     assert sorted(p.name for p in folder.iterdir()) == ["model.json", "model.safetensors"], "no temporary file is left"
+
+
+def test_a_model_without_a_tokenizer_removes_an_old_one(folder):
+    for name in own.TOKENIZER:
+        (folder / name).write_text("{}")
+    own.save(built("llama"), folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["model.json", "model.safetensors"]
+
+
+class _FullDisk:
+    def save(self, path: Path) -> None:
+        path.write_text("{")
+        raise OSError(28, "No space left on device")
+
+
+def test_a_tokenizer_that_cannot_be_written_leaves_the_old_folder(folder):
+    (folder / "tokenizer.json").write_text("old")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(WeightsError, match=r"No space left on device"):
+        own.save(fresh("gpt2"), folder, tokenizer=_FullDisk())
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_a_full_disk_under_the_parameters(folder, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(own, "save_file", full)
+    with pytest.raises(WeightsError, match=r"could not be written to .*No space left on device"):
+        own.save(fresh("gpt2"), folder)
+    assert own.load(folder).model.spec == ALL["llama"]

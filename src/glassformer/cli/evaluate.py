@@ -12,7 +12,9 @@ import typer
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="DIR", help="The folder of a trained model.")],
     data: Annotated[list[str], typer.Option("--data", metavar="FILE_OR_FOLDER", help="The text to predict. Repeatable.")],
-    context: Annotated[int, typer.Option("--context", min=1, help="Tokens in a window.")] = 256,
+    context: Annotated[
+        int, typer.Option("--context", min=1, help="Tokens in a window; what remains at the end of the text and does not fill one is left out.")
+    ] = 256,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Windows at a time.")] = 16,
     windows: Annotated[int | None, typer.Option("--windows", min=1, help="At most so many windows, at even distances; by default all.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
@@ -26,6 +28,7 @@ def evaluate(
     from .models import open_model, tokenizer_of
 
     loaded = open_model(model, device)
+    NextToken().check(loaded.model)
     tokens = TokenData.from_text(read_texts([find_text(name) for name in data]), tokenizer_of(loaded, model))
     found = measure(loaded.model, NextToken(), tokens, batch=batch, context=context, most=windows)
     bits = found.bits_per_byte

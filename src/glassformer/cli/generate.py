@@ -31,7 +31,7 @@ def generate(
     from .models import open_model
 
     loaded = open_model(model, device)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
     tokens = stream(
         loaded.model,
         text,
@@ -54,6 +54,16 @@ def generate(
     for token in tokens:
         print(token.text, end="", flush=True)
     print()
+
+
+def _standard_input() -> str:
+    """All of standard input. Raises :class:`InputError` if it is not UTF-8."""
+    from ..core.errors import InputError
+
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").replace("\r\n", "\n")  # whatever the locale says
+    except UnicodeDecodeError as error:
+        raise InputError(f"Standard input is not UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x}): convert it first.") from error
 
 
 def _line(token: Token) -> str:

@@ -11,7 +11,7 @@ import torch
 from ..core.errors import InputError, RecipeError, TokenizerError, WeightsError, did_you_mean
 from ..models import presets
 from ..weights import own
-from .recipe import override
+from .recipe import override, unknown_part
 
 if TYPE_CHECKING:
     from ..text import Tokenizer
@@ -40,7 +40,18 @@ def open_model(folder: str, device: str | None = None) -> own.Loaded:
     if not Path(folder).is_dir():
         remedy = "A preset has no trained weights: train one first" if folder in presets.names() else "Train one first"
         raise WeightsError(f"There is no folder {folder!r} with a model in it. {remedy}: glassformer train shakespeare_quick --out {folder}.")
-    return own.load(folder, device=pick_device(device))
+    return _load(folder, pick_device(device))
+
+
+def _load(folder: str, device: str = "cpu") -> own.Loaded:
+    try:
+        return own.load(folder, device=device)
+    except WeightsError as error:
+        if unknown_part(error.__cause__):
+            raise WeightsError(
+                f"{error} A part of your own is known only after its module was imported: in Python, import it, then glassformer.load({folder!r})."
+            ) from error
+        raise
 
 
 def tokenizer_of(loaded: own.Loaded, folder: str) -> Tokenizer:
@@ -53,7 +64,7 @@ def tokenizer_of(loaded: own.Loaded, folder: str) -> Tokenizer:
 def open_shape(name: str, sets: Iterable[str] = ()) -> Shape:
     """The preset of that name (changed by ``--set``) or the saved model in that folder."""
     if Path(name).is_dir():
-        loaded = own.load(name)
+        loaded = _load(name)
         if list(sets):
             raise RecipeError(f"{name!r} is a saved model, whose sizes are fixed; --set changes presets only. Leave --set out, or name a preset.")
         return Shape(loaded.model, loaded.tokenizer)

@@ -29,6 +29,7 @@ from ..models.presets import preset
 from ..train.recipe import Recipe
 
 S = TypeVar("S", bound=Spec)
+PYTHON = "recipe.py"  # in the folder of a run: the Python recipe it was begun with
 
 
 def built_in() -> dict[str, Path]:
@@ -49,6 +50,23 @@ def read_recipe(name: str, sets: Iterable[str] = ()) -> Recipe:
         raise RecipeError(f"There is no recipe file {name!r}. Check the path, or use a built-in recipe: {', '.join(known)}.")
     found = _from_python(path) if path.suffix == ".py" else _from_yaml(path)
     return override(found, sets)
+
+
+def read_run(folder: Path, sets: Iterable[str] = ()) -> Recipe:
+    """The recipe of a run. Parts that are unknown here are looked for in the Python recipe that the run keeps. Raises :class:`RecipeError`."""
+    name, python = str(folder / "recipe.yaml"), folder / PYTHON
+    try:
+        return read_recipe(name, sets)
+    except RecipeError as error:
+        if not (unknown_part(error.__cause__) and python.is_file()):
+            raise
+    _from_python(python)
+    return read_recipe(name, sets)
+
+
+def unknown_part(error: BaseException | None) -> bool:
+    """Whether this error says that a part is not registered."""
+    return isinstance(error, SpecError) and "is named" in str(error) and "No part" in str(error)
 
 
 def override(spec: S, sets: Iterable[str]) -> S:
@@ -127,4 +145,5 @@ def _from_yaml(path: Path) -> Recipe:
     try:
         return Recipe.from_dict(plain | {"model": _model_by_name(plain.get("model"))} if "model" in plain else plain)
     except SpecError as error:
-        raise RecipeError(f"{path}: {error}") from error
+        remedy = " A part of your own is known only after its module was imported: train from the .py recipe that does so." if unknown_part(error) else ""
+        raise RecipeError(f"{path}: {error}{remedy}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from itertools import count
 from pathlib import Path
@@ -28,16 +29,20 @@ def train(
 ) -> None:
     """Train a model by a recipe and keep the run in a folder."""
     from .models import pick_device
-    from .recipe import read_recipe
+    from .recipe import PYTHON, read_recipe, read_run
 
     if Path(recipe).is_dir():  # a run: its own recipe, in its own folder
-        out, name = out or Path(recipe), str(Path(recipe) / "recipe.yaml")
+        out, found = out or Path(recipe), read_run(Path(recipe), sets or ())
     else:
-        name = recipe
-    chosen = _with_options(read_recipe(name, sets or ()), steps, seconds, data)
-    folder = out or _free_folder(Path("runs") / Path(recipe).stem)
+        found = read_recipe(recipe, sets or ())
+    chosen = _with_options(found, steps, seconds, data)
+    usual = Path("runs") / Path(recipe).stem
+    folder = out or (usual if resume else _free_folder(usual))
     print(f"{Path(recipe).stem}: {', '.join(chosen.texts)} -> {folder}", file=sys.stderr)
     trainer = chosen.trainer(folder, device=pick_device(device), resume=resume, progress=True)
+    python = Path(recipe) / PYTHON if Path(recipe).is_dir() else Path(recipe)
+    if python.suffix == ".py" and python.is_file() and python.resolve() != (folder / PYTHON).resolve():  # it may register parts of its own
+        shutil.copyfile(python, folder / PYTHON)
     trainer.run()
     _report(trainer, folder)
     if trainer.stopped:

@@ -36,6 +36,7 @@ class Clock:
         self.lengths = [0] * batch
         self.new = [0] * batch
         self.width = 0  # columns of the running call
+        self.overwritten = False  # whether the running call has overwritten what an earlier one wrote
 
     @property
     def uniform(self) -> bool:
@@ -213,6 +214,7 @@ class Ring(Slot):
         mine = (newest >= held) & (newest < end)
         source = (newest - held).clamp(0, t - 1)[:, None, :, None]
         pick = mine[:, None, :, None]
+        self.clock.overwritten = True
         self._keys = torch.where(pick, k.detach().transpose(1, 2).gather(2, source.expand(b, g, -1, k.shape[3])), self._keys)
         self._values = torch.where(pick, v.detach().transpose(1, 2).gather(2, source.expand(b, g, -1, v.shape[3])), self._values)
         self._index = torch.where(mine, newest, old_index)
@@ -288,6 +290,7 @@ class Cache:
     def open(self, rows: int, t: int, lengths: Sequence[int] | None, device: torch.device) -> Tensor:
         """Begin a call of ``t`` columns; returns the places of its tokens, [t] or [b t]."""
         clock = self.clock
+        self._check_whole()
         if rows != len(clock.lengths):
             raise CacheError(
                 f"This cache was made for {len(clock.lengths)} rows, but {rows} came: make it with model.cache(batch={rows}), or fork or select rows."
@@ -305,7 +308,12 @@ class Cache:
         """End a call: its tokens are now held."""
         clock = self.clock
         clock.lengths = [a + b for a, b in zip(clock.lengths, clock.new, strict=True)]
-        clock.new, clock.width = [0] * len(clock.lengths), 0
+        clock.new, clock.width, clock.overwritten = [0] * len(clock.lengths), 0, False
+
+    def _check_whole(self) -> None:
+        # Dense slots write beyond what they hold, so a call that failed left nothing that counts; rings write over it.
+        if self.clock.overwritten:
+            raise CacheError("An earlier call with this cache failed midway and has overwritten part of its rings: make a new cache with model.cache(...).")
 
     # What a user does with it
 
@@ -345,6 +353,7 @@ class Cache:
 
     def select(self, rows: Sequence[int]) -> Cache:
         """A new cache of copies of these rows, in this order; a row may be taken several times."""
+        self._check_whole()
         for r in rows:
             if not 0 <= r < self.batch:
                 raise CacheError(f"This cache has {self.batch} rows, so there is no row {r}.")
@@ -358,6 +367,7 @@ class Cache:
 
     def rewind(self, k: int) -> None:
         """Forget the last ``k`` tokens of every row."""
+        self._check_whole()
         if k < 0 or k > min(self.clock.lengths):
             raise CacheError(f"Cannot forget {k} tokens: the shortest row holds {min(self.clock.lengths)}.")
         for layer in self.layers:

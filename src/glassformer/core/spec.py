@@ -46,13 +46,32 @@ def part(cls: type[T]) -> type[T]:
     return cls
 
 
+_WHEN_ASKED: list[Callable[[], None]] = []
+
+
+def when_asked(register: Callable[[], None]) -> None:
+    """Call ``register`` once, before the registry is next asked for all parts, or for one that it does not know."""
+    _WHEN_ASKED.append(register)
+
+
 def registered(kind: type | None = None) -> dict[str, type[Spec]]:
     """All registered parts by name, or those that are a ``kind``."""
+    while _WHEN_ASKED:
+        _WHEN_ASKED.pop()()
     return {n: c for n, c in sorted(_REGISTRY.items()) if kind is None or issubclass(c, kind)}
+
+
+def check_dropout(name: str, rate: float) -> None:
+    """Raise :class:`SpecError` for a rate at which nothing, or less than nothing, would be left."""
+    if not 0 <= rate < 1:
+        raise SpecError(f"{name}(dropout={rate}): a dropout rate lies in [0, 1).")
 
 
 def part_named(name: str, kind: type | None = None) -> type[Spec]:
     """The registered part of that name; :class:`SpecError` names the nearest ones."""
+    found = _REGISTRY.get(name)
+    if found is not None and (kind is None or issubclass(found, kind)):
+        return found
     known = registered(kind)
     if name not in known:
         of = "" if kind is None else f" of kind {kind.__name__}"
@@ -266,13 +285,16 @@ def _unplain(data: Any, kind: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(data, (list, tuple)):
             raise SpecError(f"{where} is a list, but {data!r} was given.")
+        runs = [(_repeats(x["repeat"], where), x["of"]) if isinstance(x, Mapping) and set(x) == {"repeat", "of"} else (1, x) for x in data]
         items: list[Any] = []
-        for i, item in enumerate(data):
-            if isinstance(item, Mapping) and set(item) == {"repeat", "of"}:
-                items += [_unplain(item["of"], args[0], f"{where}.{len(items)}")] * int(item["repeat"])
-            else:
-                items.append(_unplain(item, args[0] if len(args) < 2 or args[1] is Ellipsis else args[i], f"{where}.{len(items)}"))
-        return tuple(items)
+        if len(args) == 2 and args[1] is Ellipsis:
+            for n, item in runs:
+                items += [_unplain(item, args[0], f"{where}.{len(items)}")] * n if n else []
+            return tuple(items)
+        flat = [item for n, item in runs for _ in range(n)]
+        if len(flat) != len(args):
+            raise SpecError(f"{where} has {len(args)} items, but {data!r} has {len(flat)}.")
+        return tuple(_unplain(item, a, f"{where}.{i}") for i, (item, a) in enumerate(zip(flat, args, strict=True)))
     if kind is float and isinstance(data, (int, float)) and not isinstance(data, bool):
         return float(data)
     if kind is int and isinstance(data, int) and not isinstance(data, bool):
@@ -287,6 +309,12 @@ def _unplain(data: Any, kind: Any, where: str) -> Any:
             return data
         raise SpecError(f"{where} is a {kind.__name__}, but {data!r} was given.")
     return data
+
+
+def _repeats(n: Any, where: str) -> int:
+    if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+        raise SpecError(f"{where}: 'repeat' is a whole number of times, but {n!r} was given.")
+    return n
 
 
 def _unplain_spec(data: Any, kind: type[S], where: str) -> S:

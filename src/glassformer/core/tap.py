@@ -58,7 +58,7 @@ class Tap:
         """Raise :class:`SiteError` if a pattern meets none of the ``known`` paths."""
         known = tuple(known)
         for pattern in self.patterns():
-            if not any(pattern.meets(path) for path in known):
+            if not any(pattern.may_meet(path) for path in known):
                 plain = pattern.segments[2:] if pattern.segments[:1] == ("step",) else pattern.segments
                 name = ".".join(plain)
                 short = {_generic(path): None for path in known}
@@ -207,7 +207,8 @@ class Edit(Tap):
     """Replace the value at the sites that ``pattern`` meets by ``fn(value)``.
 
     With heads picked (``"blocks.5.attn.z[2]"``) ``fn`` gets and gives those heads only. Returning
-    None leaves the value as it is. Raises :class:`SiteError` if the shape changes.
+    None leaves the value as it is. ``fn`` makes a new tensor and does not write into the one it is given:
+    that one may be recorded already, and may be needed for gradients. Raises :class:`SiteError` if the shape changes.
     """
 
     def __init__(self, pattern: str, fn: Callable[[Tensor], Tensor | None]):
@@ -304,6 +305,11 @@ class Pattern:
         """Whether the pattern meets the path (with or without its ``step.{n}`` beginning)."""
         return _meets(self.segments, path) if torch.compiler.is_compiling() else _meets_cached(self.segments, path)
 
+    def may_meet(self, path: str) -> bool:
+        """Whether the pattern meets the path, or will in some step of a generation."""
+        inside = self.segments[2:] if self.segments[0] == "step" else ()
+        return self.meets(path) or (bool(inside) and not path.startswith("step.") and _segments_meet(inside, tuple(path.split("."))))
+
 
 def _meets(pattern: tuple[str, ...], path: str) -> bool:
     names = tuple(path.split("."))
@@ -311,7 +317,7 @@ def _meets(pattern: tuple[str, ...], path: str) -> bool:
         return True
     if names[0] == "step" and pattern[0] != "step":
         return _segments_meet(pattern, names[2:])
-    return names[0] != "step" and pattern[0] == "step" and len(pattern) > 2 and _segments_meet(pattern[2:], names)
+    return False
 
 
 _meets_cached = lru_cache(maxsize=100_000)(_meets)

@@ -24,7 +24,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 from torch import Tensor
 
 from glassformer.core.cache import Cache
-from glassformer.core.errors import InputError, SamplerError
+from glassformer.core.errors import InputError, SamplerError, did_you_mean
 from glassformer.core.tap import Tap
 
 from .links import build_chain
@@ -95,6 +95,7 @@ class Options(TypedDict, total=False):
     presence_penalty: float | None
     penalty_window: int | None
     logit_bias: Mapping[int, float] | None
+    suppress: tuple[int, ...] | list[int] | None  # ids that are never drawn
     do_sample: bool | None
     order: str
     seed: int | Sequence[int] | None  # one seed, or one per row
@@ -130,7 +131,7 @@ def generate(model: Any, prompt: Prompt, *, stream: Callable[[Token], object] | 
     For an encoder-decoder the prompt is the source, and the target begins with ``decoder_start``.
 
     Raises :class:`InputError` for prompts that cannot be read or will not fit, :class:`CacheError` for a cache too small,
-    :class:`SamplerError` for settings that make no sense; all before the model runs.
+    :class:`SamplerError` for an option of another name and for settings that make no sense; all before the model runs.
     """
     run = _Run.prepare(model, prompt, **options)
     for token in run.events():
@@ -223,6 +224,9 @@ class _Run:
         **known: Any,
     ) -> _Run:
         """Read the options and check them against each other; nothing runs but an encoder."""
+        for name in known:
+            if name not in Options.__annotations__:
+                raise SamplerError(f"There is no option {name!r}.{did_you_mean(name, Options.__annotations__)} Known: {', '.join(Options.__annotations__)}.")
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}; ask for at least 1.")
         if logprobs < 0:

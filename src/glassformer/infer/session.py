@@ -28,6 +28,7 @@ from glassformer.core.cache import Cache
 from glassformer.core.errors import CacheError, InputError, SamplerError
 from glassformer.core.tap import Tap
 from glassformer.parts.position import LearnedLayer
+from glassformer.parts.readout import LanguageModel
 
 from .sampler import Chain, Link, as_history
 from .state import State
@@ -48,7 +49,8 @@ class Session:
     ``cache``: None makes one with room for ``room`` more tokens; a Cache of yours goes on from what it holds, and is yours afterwards: it
     holds all tokens but the last (penalties see the tokens of this session only); False computes everything anew at each step, the slow
     twin. ``seeds`` are the rows' own. ``top``: how many of the most probable tokens to report. ``source``: an encoder-decoder's.
-    Raises :class:`InputError` or :class:`CacheError` before anything runs if the tokens will not fit.
+    Raises :class:`InputError` or :class:`CacheError` before anything runs if the tokens will not fit, and :class:`InputError` for a model that
+    predicts no tokens.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Session:
     ):
         if not prompts or not all(len(p) for p in prompts):
             raise InputError(f"Generation needs at least one token in every row, but the rows have {[len(p) for p in prompts]} tokens.")
+        _check_readout(model)
         self.model, self.tap, self.top, self.source = model, tap, top, source
         self.sampler = sampler if isinstance(sampler, Chain) else Chain((sampler,))
         self.lengths = [len(p) for p in prompts]
@@ -173,22 +176,22 @@ class Session:
 
     def _check_room(self, cache: Cache | bool | None, longest: int, room: int) -> None:
         held = cache.length if isinstance(cache, Cache) else 0
+        need = held + longest + room - 1  # the last new token is never read
         if isinstance(cache, Cache):
             if cache.batch != len(self.lengths):
                 raise CacheError(
                     f"The cache was made for {cache.batch} rows and there are {len(self.lengths)} prompts. Make it with model.cache(batch={len(self.lengths)})."
                 )
-            if cache.capacity is not None and held + longest + room - 1 > cache.capacity:
+            if cache.capacity is not None and need > cache.capacity:
                 raise CacheError(
                     f"The cache has a capacity of {cache.capacity} tokens and holds {held}: a prompt of {longest} and {room} new tokens "
-                    f"need {held + longest + room - 1}. "
-                    f"Make it larger, or ask for fewer new tokens."
+                    f"need {need} (the last one is not read). Make it larger, or ask for fewer new tokens."
                 )
         most = position_limit(self.model)
-        if most is not None and held + longest + room > most:
+        if most is not None and need > most:
             raise InputError(
-                f"The model has {most} learned positions, but {held + longest} tokens of prompt and {room} new ones need {held + longest + room}. "
-                f"Shorten the prompt, or ask for at most {max(0, most - held - longest)} new tokens."
+                f"The model has {most} learned positions, but {held + longest} tokens of prompt and {room} new ones need {need} (the last one is not read). "
+                f"Shorten the prompt, or ask for at most {max(0, most - held - longest + 1)} new tokens."
             )
 
     def _why_nothing(self, logits: Tensor, row: int) -> str:
@@ -206,6 +209,7 @@ class Source:
     @staticmethod
     def read(model: Any, sources: Sequence[Sequence[int]], tap: Tap | None = None) -> Source:
         """Encode ragged sources, right-padded."""
+        _check_readout(model)
         lengths = [len(s) for s in sources]
         if not all(lengths):
             raise InputError(f"Every source needs at least one token, but the rows have {lengths}.")
@@ -233,10 +237,24 @@ def position_limit(model: Any) -> int | None:
     return min((m.spec.max_positions for m in decoder.modules() if isinstance(m, LearnedLayer)), default=None)
 
 
+def _check_readout(model: Any) -> None:
+    spec = getattr(getattr(model, "decoder", model), "spec", None)
+    readout = getattr(spec, "readout", None)
+    if readout is not None and not isinstance(readout, LanguageModel):
+        raise InputError(
+            f"Generation draws tokens of a vocabulary, but the model's read-out is {readout!r}, which predicts none: give a model with readout=LanguageModel()."
+        )
+
+
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Dropout off for the length of one call, whatever mode each module is in; then as before."""
-    training = [m for m in model.modules() if m.training] if getattr(model, "training", False) else []
+    """Evaluation mode for the length of one call, whatever mode each module is in; then every module is back in its own."""
+    training, left = [], [model]
+    while left:  # model.modules() takes twice as long, and this runs at every token
+        m = left.pop()
+        left += [child for child in m._modules.values() if child is not None]
+        if m.training:
+            training.append(m)
     for m in training:
         m.training = False
     try:

@@ -27,6 +27,7 @@ from torch import Tensor
 from glassformer.core.errors import InputError, TokenizerError
 from glassformer.core.flow import Pass
 from glassformer.core.tap import Record
+from glassformer.infer.session import evaluating
 from glassformer.models import Encoder, Transformer
 from glassformer.parts.readout import LanguageModel
 
@@ -200,12 +201,8 @@ def _run(model: Any, ids: Sequence[int]) -> tuple[Record, Tensor]:
     # A pattern that meets no site is an error, so a model without experts is not asked for them.
     record = Record(*(f"blocks.*.{site}" for site in wanted if any(path.endswith(f".{site.removesuffix('[0]')}") for path in known)))
     device = next(model.parameters()).device
-    training = bool(model.training)
-    model.eval()
-    try:
+    with evaluating(model):
         logits = model(torch.tensor([list(ids)], device=device), tap=record)
-    finally:
-        model.train(training)
     return record, logits
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from glassformer.core.mask import And, Causal
 from glassformer.core.sites import SiteInfo
 from glassformer.core.spec import ranges
 from glassformer.core.tap import Tap
@@ -164,7 +165,8 @@ class _Shapes(Tap):
 
 
 def _causal(model: Any) -> bool:
-    return type(model.spec).__name__ != "Encoder"
+    mask = getattr(model.spec, "mask", None)  # an encoder-decoder has none of its own: its halves do
+    return mask is None or any(isinstance(m, Causal) for m in (mask.terms if isinstance(mask, And) else (mask,)))
 
 
 def _matrix_flops(model: Any) -> int:

@@ -31,7 +31,7 @@ from .transformer import Decoder, Encoder, TransformerModel, finish
 class EncoderDecoder(Spec):
     """An encoder and a decoder whose blocks have cross-attention (arXiv 1706.03762).
 
-    ``shared``: both read the same embedding table. ``start``: the token a target begins with.
+    ``shared``: both read the same embedding table, which the encoder's ``init`` fills. ``start``: the token a target begins with.
     """
 
     encoder: Encoder
@@ -52,7 +52,13 @@ class EncoderDecoder(Spec):
         """The model; arguments as in :meth:`Decoder.build`."""
         with torch.device("meta"):
             model = EncoderDecoderModel(self)
-        made: EncoderDecoderModel = finish(model, self.decoder.init, len(self.decoder.blocks), device, dtype, seed)
+
+        def fill(seed: int) -> None:
+            model.tie()
+            self.encoder.init.apply(model.encoder, len(self.encoder.blocks), seed, "encoder")
+            self.decoder.init.apply(model.decoder, len(self.decoder.blocks), seed, "decoder", ("embed.weight",) if self.shared else ())
+
+        made: EncoderDecoderModel = finish(model, fill, device, dtype, seed)
         made.tie()
         return made
 

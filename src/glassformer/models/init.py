@@ -106,11 +106,17 @@ class Init(Spec):
 
     rules: tuple[Rule, ...]
 
-    def apply(self, model: nn.Module, n_layers: int, seed: int) -> None:
-        """Fill every parameter of ``model``; raises :class:`SpecError` for one that no rule claims."""
+    def apply(self, model: nn.Module, n_layers: int, seed: int, root: str = "", skip: tuple[str, ...] = ()) -> None:
+        """Fill every parameter of ``model``, which stands at ``root`` in a larger one, but those named in ``skip``.
+
+        Raises :class:`SpecError` for a parameter that no rule claims.
+        """
         owners = {f"{path}.{name}".lstrip("."): (module, name) for path, module in model.named_modules() for name, _ in module.named_parameters(recurse=False)}
         with torch.no_grad():
-            for path, x in model.named_parameters():
+            for inner, x in model.named_parameters():
+                if inner in skip:
+                    continue
+                path = f"{root}.{inner}" if root else inner
                 rule = next((r for r in self.rules if r.claims(path)), None)
                 if rule is None:
                     raise SpecError(
@@ -119,7 +125,7 @@ class Init(Spec):
                     )
                 digest = hashlib.sha256(f"{seed}/{path}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-                owner, name = owners[path]
+                owner, name = owners[inner]
                 x.copy_(rule.how.fill(x, owner, name, n_layers, generator))
 
 

@@ -10,7 +10,7 @@ encoder's is ``Everything``. Training, prefill and decoding are this one path wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,18 +69,18 @@ class Transformer(Spec):
         """The model. ``device="meta"`` makes shapes without memory; ``seed`` None draws one from torch's generator."""
         with torch.device("meta"):
             model = TransformerModel(self, d_memory)
-        made: TransformerModel = finish(model, self.init, len(self.blocks), device, dtype, seed)
+        made: TransformerModel = finish(model, lambda s: self.init.apply(model, len(self.blocks), s), device, dtype, seed)
         return made
 
 
-def finish(model: Any, init: Init, n_layers: int, device: str | torch.device | None, dtype: str | torch.dtype | None, seed: int | None) -> Any:
-    """Give a model built on the meta device its type, its memory and its first values."""
+def finish(model: Any, fill: Callable[[int], None], device: str | torch.device | None, dtype: str | torch.dtype | None, seed: int | None) -> Any:
+    """Give a model built on the meta device its type, its memory and its first values (``fill(seed)``)."""
     if dtype is not None:
         model = model.to(dtype_named(dtype))
     if device is not None and torch.device(device).type == "meta":
         return model
     model = model.to_empty(device="cpu" if device is None else device)
-    init.apply(model, n_layers, int(torch.randint(2**31, ())) if seed is None else seed)
+    fill(int(torch.randint(2**31, ())) if seed is None else seed)
     return model
 
 
@@ -140,6 +140,12 @@ class TransformerModel(Anatomy, nn.Module):
         self.spec = spec
         d = spec.d_model
         heads = spec.blocks[0].attention.n_heads if spec.blocks else 1
+        counts = sorted({b.attention.n_heads for b in spec.blocks})
+        if spec.position.biases and len(counts) > 1:
+            raise SpecError(
+                f"{type(spec.position).__name__} biases every head of every block alike, but the blocks have {' and '.join(map(str, counts))} heads: "
+                "give them equally many, or give each its own bias by Attention(position=...)."
+            )
         self.embed = spec.embedding.build(spec.vocab_size, d)
         self.position = spec.position.build(d, heads, d // heads)
         self.blocks = nn.ModuleList(b.build(d, d_memory) for b in spec.blocks)
@@ -174,6 +180,12 @@ class TransformerModel(Anatomy, nn.Module):
         ([b]). ``memory`` [b s d]: an encoder's output. ``tap``: who looks. ``aux``: a ledger for side losses.
         Raises :class:`InputError`, :class:`CacheError`, :class:`SiteError`.
         """
+        if self.readout.pooled:
+            kind = type(self.spec.readout).__name__
+            if keep is not None:
+                raise InputError(f"keep chooses positions to read out, but {kind} makes one vector of a whole row: leave keep out.")
+            if lengths is not None and any(int(n) < 1 for n in lengths):
+                raise InputError(f"{kind} makes one vector of a row, but row {[int(n) < 1 for n in lengths].index(True)} has length 0: leave empty rows out.")
         run = self._run_eagerly if tap is not None and tap.differentiates() else self._run
         h, p = run(tokens, inputs_embeds, positions, mask, lengths, types, cache, memory, memory_lengths, tap, aux, path)
         y: Tensor = self.readout(kept(h, keep), p)
@@ -188,6 +200,17 @@ class TransformerModel(Anatomy, nn.Module):
         filled: dict[str, Any] = dict.fromkeys(names) | {"path": ""} | options
         h, _ = self._run(tokens, **filled)
         return h
+
+    def read(self, h: Tensor, normed: bool = True) -> Tensor:
+        """What the read-out makes of a stream ``h`` [b t d]: of :meth:`states` or the site ``resid_final`` as it is,
+        of a block's output (``blocks.3.resid_post``) with ``normed=False``, which applies the final norm first.
+        """
+        if h.ndim < 2 or h.shape[-1] != self.spec.d_model:
+            raise InputError(f"The stream has shape {tuple(h.shape)}, but this model's read-out reads [batch, position, d_model={self.spec.d_model}].")
+        index = torch.arange(h.shape[-2], device=h.device)
+        p = Pass(positions=index, index=index)
+        y: Tensor = self.readout(h if normed else self.final_norm(h, p), p)
+        return y
 
     def _run(
         self,
@@ -211,6 +234,10 @@ class TransformerModel(Anatomy, nn.Module):
             raise InputError("Both tokens and inputs_embeds were given: a model reads one of them.")
         if tokens is not None and tokens.ndim != 2:
             raise InputError(f"Tokens have shape {tuple(tokens.shape)}, but a model reads [batch, position]: for one row use tokens[None].")
+        if tokens is not None and (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool):
+            raise InputError(f"Tokens are {tokens.dtype}, but token ids are integers: use tokens.long(), or give vectors as inputs_embeds.")
+        if inputs_embeds is not None and (inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.spec.d_model):
+            raise InputError(f"inputs_embeds have shape {tuple(inputs_embeds.shape)}, but this model reads [batch, position, d_model={self.spec.d_model}].")
         b, t, device = given.shape[0], given.shape[1], given.device
         if t == 0:
             raise InputError("The rows hold no tokens: a model needs at least one position.")

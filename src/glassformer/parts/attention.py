@@ -15,6 +15,9 @@ pattern is fixed.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +26,7 @@ from glassformer.core import sites
 from glassformer.core.errors import InputError, SpecError
 from glassformer.core.flow import Pass
 from glassformer.core.mask import Everything, Mask, Resolved, resolve
-from glassformer.core.spec import Spec, part
+from glassformer.core.spec import Spec, check_dropout, part
 from glassformer.core.tap import check_heads
 
 from . import kernels
@@ -65,8 +68,11 @@ class Attention(Spec):
             raise SpecError(f"{type(self.position).__name__} adds to the embedding: give it to the model (Decoder(position=...)), not to Attention.")
         if self.cap is not None and self.cap <= 0:
             raise SpecError(f"Attention(cap={self.cap}): a soft-cap is above zero, or None for none.")
-        if not 0 <= self.dropout < 1:
-            raise SpecError(f"Attention(dropout={self.dropout}): a dropout rate lies in [0, 1).")
+        for name in ("d_head", "d_value"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise SpecError(f"Attention({name}={size}): a head has at least 1 feature; None means the usual number.")
+        check_dropout("Attention", self.dropout)
 
     def sizes(self, d: int) -> tuple[int, int, int, int]:
         """``(n_heads, n_kv_heads, d_head, d_value)`` in a stream of width ``d``."""
@@ -99,7 +105,8 @@ class _Attention(nn.Module):
         self.position = spec.position.build(d, self.n_heads, self.d_head)
         self.normaliser = spec.normaliser.build(self.n_heads)
         self.out = nn.Linear(self.n_heads * self.d_value, d, bias=spec.out_bias)
-        self.mask_key = repr(spec.mask)
+        # What is printed of a tensor is not all of it: a mask that holds one is never shared.
+        self.mask_key = None if _holds_tensor(spec.mask) else repr(spec.mask)
 
     def split(self, x: Tensor, n: int) -> Tensor:
         """[b t (n k)] -> [b t n k]."""
@@ -116,7 +123,7 @@ class _Attention(nn.Module):
         else:
             p.offer(sites.SCORES, lambda heads: kernels.scores_of(q, k, rule, heads))
             p.offer(sites.PATTERN, lambda heads: kernels.pattern_of(kernels.scores_of(q, k, rule, heads), rule, heads))
-            z = (kernels.fused if kernels.has_fused(rule, q.device) else kernels.explicit)(q, k, v, rule, dropout)
+            z = (kernels.fused if kernels.has_fused(rule, q.device, dropout) else kernels.explicit)(q, k, v, rule, dropout)
         z = p.see(sites.Z, z.transpose(1, 2))
         return p.see(sites.ATTN_OUT, self.project(z, p))
 
@@ -157,15 +164,17 @@ class AttentionLayer(_Attention):
         q = p.see(sites.Q, self.split(q, self.n_heads))
         k = p.see(sites.K, self.split(k, self.n_kv_heads))
         v = p.see(sites.V, self.split(v, self.n_kv_heads))
-        tables = self._shared(p, f"rotary:{self.position.key}", lambda: self.position.tables(p.positions))
+        key = self.position.key
+        tables = self._shared(p, None if key is None else f"rotary:{key}", lambda: self.position.tables(p.positions))
         q = p.see(sites.Q_ROT, self.position.rotate(self.q_norm(q, p.at("q_norm")), tables))
         k = p.see(sites.K_ROT, self.position.rotate(self.k_norm(k, p.at("k_norm")), tables))
         newest = p.slot.newest
         keys, values, places = p.slot.update(k, v, p.index)
         mask = self._shared(
-            p, f"mask:{self.mask_key}:{p.slot.layout}", lambda: resolve(p.mask & self.spec.mask, p.index, places, rows=x.shape[0], newest=newest)
+            p,
+            None if self.mask_key is None else f"mask:{self.mask_key}:{p.slot.layout}",
+            lambda: resolve(p.mask & self.spec.mask, p.index, places, rows=x.shape[0], newest=newest),
         )
-        key = self.position.key
         bias = self._shared(p, None if key is None else f"bias:{key}:{p.slot.layout}", lambda: self.position.bias(p.index, places))
         if "position" in p.shared:  # a bias that all layers share (T5)
             of_model = self._shared(p, f"bias:model:{p.slot.layout}", lambda: p.shared["position"].bias(p.index, places))
@@ -213,6 +222,14 @@ class CrossAttentionLayer(_Attention):
         v = p.see(sites.V, self.split(v, self.n_kv_heads))
         k = p.see(sites.K_ROT, self.k_norm(k, p.at("k_norm")))
         return k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return any(_holds_tensor(v) for v in value)
+    if isinstance(value, Spec):
+        return any(_holds_tensor(getattr(value, f.name)) for f in dataclasses.fields(value))
+    return isinstance(value, Tensor)
 
 
 def _resolve_memory(p: Pass, rows: int, s: int) -> Resolved:

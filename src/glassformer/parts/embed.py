@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from glassformer.core import sites
 from glassformer.core.errors import InputError
 from glassformer.core.flow import Pass
-from glassformer.core.spec import Spec, part
+from glassformer.core.spec import Spec, check_dropout, part
 
 from .norm import NoNorm, Norm
 from .position import LearnedLayer, PositionLayer
@@ -71,6 +71,9 @@ class Embedding(Spec):
     n_types: int = 0
     norm: Norm = NoNorm()
     dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_dropout("Embedding", self.dropout)
 
     def build(self, vocab_size: int, d: int) -> EmbeddingLayer:
         """The module for ``vocab_size`` tokens of width ``d``."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from glassformer.core import sites
 from glassformer.core.errors import SpecError, did_you_mean
 from glassformer.core.flow import Pass
-from glassformer.core.spec import Spec, part
+from glassformer.core.spec import Spec, check_dropout, part
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -80,6 +80,9 @@ class Plain(FeedForward):
 
     def __post_init__(self) -> None:
         activation(self.act)
+        if self.d_ff < 1:
+            raise SpecError(f"Plain(d_ff={self.d_ff}): a feed-forward layer is at least 1 wide.")
+        check_dropout("Plain", self.dropout)
 
     def build(self, d: int) -> PlainLayer:
         return PlainLayer(self, d)
@@ -116,6 +119,9 @@ class Gated(FeedForward):
 
     def __post_init__(self) -> None:
         activation(self.act)
+        if self.d_ff < 1:
+            raise SpecError(f"Gated(d_ff={self.d_ff}): a feed-forward layer is at least 1 wide.")
+        check_dropout("Gated", self.dropout)
 
     def build(self, d: int) -> GatedLayer:
         return GatedLayer(self, d)

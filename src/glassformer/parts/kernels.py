@@ -181,9 +181,12 @@ def mix(pattern: Float[Tensor, "b h t s"], v: Float[Tensor, "b g s kv"]) -> Floa
     return pattern @ (v if group == 1 else v.repeat_interleave(group, 1))
 
 
-def has_fused(rule: Rule, device: torch.device) -> bool:
+def has_fused(rule: Rule, device: torch.device, dropout: float = 0.0) -> bool:
     """Whether a fused kernel computes this rule on this device."""
-    return rule.normaliser.fused and (rule.cap is None or device.type == "cuda")
+    if rule.cap is None or not rule.normaliser.fused:
+        return rule.normaliser.fused
+    # Only FlexAttention knows a soft-cap, and it knows neither a sink nor dropout.
+    return device.type == "cuda" and dropout == 0.0 and rule.normaliser.sink() is None
 
 
 def fused(

@@ -47,9 +47,9 @@ class Position(Spec):
 
 
 class PositionLayer(nn.Module):
-    """The null position: adds nothing, turns nothing, biases nothing."""
+    """Base of all positions: adds nothing, turns nothing, biases nothing."""
 
-    key: str | None = "none"
+    key: str | None = None
     """Equal keys mean equal tables, so that layers share them within a pass; None means never shared."""
 
     def add(self, positions: Tensor, x: Tensor) -> Tensor | None:
@@ -74,7 +74,13 @@ class NoPosition(Position):
     """No positions at all (in a causal model order still shows through the mask, arXiv 2203.16634)."""
 
     def build(self, d_model: int, n_heads: int, d_head: int) -> PositionLayer:
-        return PositionLayer()
+        return NoPositionLayer()
+
+
+class NoPositionLayer(PositionLayer):
+    """Nothing, in every layer alike."""
+
+    key = "none"
 
 
 # Added
@@ -168,6 +174,11 @@ class RopeScaling(Spec):
         return 1.0
 
 
+def _check_factor(name: str, factor: float) -> None:
+    if factor <= 0:
+        raise SpecError(f"{name}(factor={factor}): a context is stretched by a factor above 0.")
+
+
 def _plain_frequencies(base: float, dim: int) -> Tensor:
     return 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
 
@@ -186,6 +197,9 @@ class LinearScaling(RopeScaling):
 
     factor: float
 
+    def __post_init__(self) -> None:
+        _check_factor("LinearScaling", self.factor)
+
     def frequencies(self, base: float, dim: int) -> Tensor:
         return _plain_frequencies(base, dim) / self.factor
 
@@ -195,6 +209,9 @@ class NTKScaling(RopeScaling):
     """The base grows so that the slowest frequency is divided by ``factor`` and the fastest stays: ``base * factor^(dim / (dim - 2))``."""
 
     factor: float
+
+    def __post_init__(self) -> None:
+        _check_factor("NTKScaling", self.factor)
 
     def frequencies(self, base: float, dim: int) -> Tensor:
         return _plain_frequencies(base * self.factor ** (dim / (dim - 2)), dim)
@@ -215,6 +232,9 @@ class YaRNScaling(RopeScaling):
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+
+    def __post_init__(self) -> None:
+        _check_factor("YaRNScaling", self.factor)
 
     def frequencies(self, base: float, dim: int) -> Tensor:
         def index_of(turns: float) -> float:
@@ -243,6 +263,9 @@ class Llama3Scaling(RopeScaling):
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
     original_context: int = 8_192
+
+    def __post_init__(self) -> None:
+        _check_factor("Llama3Scaling", self.factor)
 
     def frequencies(self, base: float, dim: int) -> Tensor:
         plain = _plain_frequencies(base, dim)
@@ -368,6 +391,14 @@ class T5Buckets(Position):
     buckets: int = 32
     max_distance: int = 128
     bidirectional: bool = True
+
+    def __post_init__(self) -> None:
+        least = 4 if self.bidirectional else 2
+        if self.buckets < least:
+            raise SpecError(f"T5Buckets(buckets={self.buckets}): with bidirectional={self.bidirectional} at least {least} are needed.")
+        exact = self.buckets // least
+        if self.max_distance <= exact:
+            raise SpecError(f"T5Buckets(max_distance={self.max_distance}): the first {exact} distances have buckets of their own, so it lies above {exact}.")
 
     @property
     def biases(self) -> bool:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from glassformer.core.flow import Pass
 from glassformer.core.sites import LOGITS, Site
-from glassformer.core.spec import Spec, part
+from glassformer.core.spec import Spec, check_dropout, part
 
 from .embed import EmbeddingLayer, Scale, Unit
 from .feedforward import activation
@@ -37,6 +37,8 @@ class ReadOutLayer(nn.Module):
     """Base of all read-outs: [b t d] -> ``SITES[0].axes``."""
 
     SITES: tuple[Site, ...] = (LOGITS,)
+    pooled = False
+    """Whether a row becomes one vector, so that there are no positions to choose from."""
 
 
 class Transform(Spec):
@@ -148,6 +150,9 @@ class Tagger(ReadOut):
     n_classes: int
     dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_dropout("Tagger", self.dropout)
+
     def build(self, d: int, embed: EmbeddingLayer, tied: bool) -> TaggerLayer:
         return TaggerLayer(self, d)
 
@@ -208,6 +213,9 @@ class Classifier(ReadOut):
     transform: Transform | None = None
     dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_dropout("Classifier", self.dropout)
+
     def build(self, d: int, embed: EmbeddingLayer, tied: bool) -> ClassifierLayer:
         return ClassifierLayer(self, d)
 
@@ -216,6 +224,7 @@ class ClassifierLayer(ReadOutLayer):
     """``logits = transform(pool(h)) W^T + b``; [b t d] -> [b v]."""
 
     SITES = (CLASS_LOGITS,)
+    pooled = True
 
     def __init__(self, spec: Classifier, d: int):
         super().__init__()
@@ -245,6 +254,7 @@ class VectorLayer(ReadOutLayer):
     """``v = transform(pool(h))``, divided by its length if ``normalise``; [b t d] -> [b d]."""
 
     SITES = (VECTOR,)
+    pooled = True
 
     def __init__(self, spec: Vector, d: int):
         super().__init__()

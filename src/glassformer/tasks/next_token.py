@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glassformer.core.errors import SpecError
+from glassformer.core.errors import SpecError, TrainingError
 from glassformer.core.flow import Ledger
-from glassformer.core.mask import SameDocument
+from glassformer.core.mask import And, Causal, Mask, SameDocument
 from glassformer.core.spec import part
+from glassformer.parts.readout import LanguageModel, ReadOut
 
 from .task import Batch, Loss, Task
 
@@ -39,6 +40,20 @@ class NextToken(Task):
         if self.z_loss < 0.0:
             raise SpecError(f"z_loss is a weight, 0 or more; {self.z_loss} was given.")
 
+    def check(self, model: nn.Module) -> None:
+        """The model is causal (else it sees what it should predict) and reads out scores over a vocabulary; models without a ``spec`` pass."""
+        spec = getattr(model, "spec", None)
+        fits = "NextToken trains a Decoder (mask Causal) with the read-out LanguageModel"
+        if hasattr(spec, "encoder") and hasattr(spec, "decoder"):
+            raise TrainingError(
+                f"{fits}, but this model is an {type(spec).__name__}, which reads a second text: use a Decoder, or write a Task that gives it both."
+            )
+        mask, readout = getattr(spec, "mask", None), getattr(spec, "readout", None)
+        if isinstance(mask, Mask) and not _causal(mask):
+            raise TrainingError(f"{fits}, but this {type(spec).__name__} has the mask {mask!r} and sees the tokens it should predict: use a Decoder.")
+        if isinstance(readout, ReadOut) and not isinstance(readout, LanguageModel):
+            raise TrainingError(f"{fits}, but this {type(spec).__name__} has the read-out {type(readout).__name__}: build it with readout=LanguageModel().")
+
     def loss(self, model: nn.Module, batch: Batch, **kw: Any) -> Loss:
         """Summed loss in float32. ``batch.tokens``: [b t+1]; the model sees [b t] and is asked for [b t]."""
         ledger = Ledger() if getattr(model, "has_experts", False) else None
@@ -61,6 +76,10 @@ class NextToken(Task):
         logits, targets, _ = _predict(model, batch)
         losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
         return losses.view_as(targets).sum(1), (targets != IGNORED).sum(1)
+
+
+def _causal(mask: Mask) -> bool:
+    return isinstance(mask, Causal) or (isinstance(mask, And) and any(_causal(term) for term in mask.terms))
 
 
 def _predict(model: nn.Module, batch: Batch, **kw: Any) -> tuple[Tensor, Tensor, int | Tensor]:

@@ -50,6 +50,9 @@ class Loss(NamedTuple):
 class Task(Spec):
     """Base of all tasks."""
 
+    def check(self, model: nn.Module) -> None:
+        """Raise :class:`~glassformer.core.errors.TrainingError` if this task cannot train ``model``; called once, before the first step."""
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any, **kw: Any) -> Loss:
         """The loss of ``model`` on ``batch``; ``kw`` goes on to the model's call (``tap=…``)."""

@@ -24,6 +24,7 @@ import json
 import lzma
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -106,7 +107,10 @@ class TokenData:
 
     @classmethod
     def open(cls, folder: str | Path, tokenizer: Tokenizer | None = None) -> TokenData:
-        """Shards that :func:`prepare` wrote, by memory map. A ``tokenizer`` other than theirs is a :class:`DataError`."""
+        """Shards that :func:`prepare` wrote, by memory map. A ``tokenizer`` other than theirs is a :class:`DataError`.
+
+        The size of every file is checked, its contents are not.
+        """
         from glassformer.text import Tokenizer
 
         folder = Path(folder)
@@ -119,11 +123,9 @@ class TokenData:
         dtype = np.dtype(index["dtype"])
         arrays = []
         for shard in index["shards"]:
-            path = folder / shard["file"]
-            if not path.is_file() or path.stat().st_size != shard["tokens"] * dtype.itemsize:
-                found = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
-                raise DataError(f"{path} should hold {shard['tokens'] * dtype.itemsize} bytes, but there is {found}: prepare the text again.")
-            arrays.append(np.memmap(path, dtype=dtype, mode="r"))
+            _check_size(folder / shard["file"], shard["tokens"] * dtype.itemsize)
+            arrays.append(np.memmap(folder / shard["file"], dtype=dtype, mode="r"))
+        _check_size(folder / "documents.bin", index["documents"] * np.dtype(np.uint64).itemsize)
         return cls(
             arrays,
             starts=np.fromfile(folder / "documents.bin", dtype=np.uint64).astype(np.int64),
@@ -219,17 +221,24 @@ class TokenData:
 
 
 def prepare(
-    paths: str | Path | Iterable[str | Path], tokenizer: Tokenizer, out: str | Path, *, separator: str | None = "\f", shard_tokens: int = SHARD
+    paths: str | Path | Iterable[str | Path],
+    tokenizer: Tokenizer,
+    out: str | Path,
+    *,
+    separator: str | None = "\f",
+    shard_tokens: int = SHARD,
+    choice: Any = None,
 ) -> TokenData:
     """Encode files and folders into token shards at ``out``; shards already made from the same are used again.
 
-    ``separator`` parts a file into documents (None: a file is one document). Written to a temporary
+    ``separator`` parts a file into documents (None: a file is one document). ``choice``: where the tokenizer came from, as plain
+    data that is kept with the shards (see :func:`made_for`). Written to a temporary
     folder and renamed, so that ``out`` is whole or not there. Raises :class:`DataError` for missing, empty or
     unreadable text, and if ``out`` holds something else.
     """
     files, out = list_files(paths), Path(out)
     source = _fingerprint(files, separator)
-    if out.exists():
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         index = _read_index(out)
         if index["tokenizer"] == tokenizer.hash and index["source"] == source:
             return TokenData.open(out, tokenizer)
@@ -237,15 +246,22 @@ def prepare(
     draft = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         draft.mkdir(parents=True)
-        index = _write_shards(files, tokenizer, draft, separator, shard_tokens) | {"source": source}
+        index = _write_shards(files, tokenizer, draft, separator, shard_tokens) | {"source": source, "choice": choice}
         tokenizer.save(draft / "tokenizer.json")
         (draft / "index.json").write_text(json.dumps(index, indent=1))
+        if out.is_dir():  # empty: seen above
+            out.rmdir()
         draft.rename(out)
     except OSError as error:
         raise DataError(f"The shards could not be written to {out}: {error.strerror or error}. Free some space or choose another folder.") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return TokenData.open(out, tokenizer)
+
+
+def made_for(folder: str | Path) -> Any:
+    """The choice of tokenizer that the shards in ``folder`` were made for; None without shards, or if they do not say."""
+    return _read_index(Path(folder)).get("choice") if (Path(folder) / "index.json").is_file() else None
 
 
 def list_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
@@ -278,7 +294,7 @@ def documents(files: Iterable[Path], separator: str | None = "\f") -> Iterator[s
                     yield from (text.split(separator) if separator else [text])
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x}): convert it first.") from error
-        except (OSError, EOFError, lzma.LZMAError) as error:
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise DataError(f"{path} cannot be read: {error}.") from error
 
 
@@ -298,7 +314,7 @@ def _write_shards(files: list[Path], tokenizer: Tokenizer, folder: Path, separat
             name = f"tokens-{len(shards):05d}.bin"
             row = np.concatenate(waiting)
             row.tofile(folder / name)
-            shards.append({"file": name, "tokens": len(row), "sha256": hashlib.sha256(row.tobytes()).hexdigest()})
+            shards.append({"file": name, "tokens": len(row)})
             waiting.clear()
             filled = 0
 
@@ -428,13 +444,19 @@ def _fingerprint(files: list[Path], separator: str | None) -> str:
     return seen.hexdigest()
 
 
+def _check_size(path: Path, expected: int) -> None:
+    if not path.is_file() or path.stat().st_size != expected:
+        found = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
+        raise DataError(f"{path} should hold {expected} bytes, but there is {found}: prepare the text again.")
+
+
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / "index.json"
     if not path.is_file():
         raise DataError(f"{folder} holds no token shards (no index.json): make them with prepare().")
     try:
         index = cast(dict[str, Any], json.loads(path.read_text()))
-        missing = {"format", "tokenizer", "vocab_size", "dtype", "shards", "source", "text_bytes"} - set(index)
+        missing = {"format", "tokenizer", "vocab_size", "dtype", "documents", "shards", "source", "text_bytes"} - set(index)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is damaged ({error}): delete the folder and prepare the text again.") from error
     if missing or index["format"] != FORMAT:

@@ -57,7 +57,10 @@ class Evaluation:
 
 
 def windows(data: TokenData, batch: int, context: int, *, most: int | None = None, documents: bool = False) -> Iterator[Batch]:
-    """Consecutive windows that do not overlap; with more than ``most`` of them, that many at even distances."""
+    """Consecutive windows that do not overlap; with more than ``most`` of them, that many at even distances.
+
+    What remains at the end and does not fill a window is left out (a text shorter than one window is one shorter window).
+    """
     if len(data) < 2:
         raise DataError(f"The validation data has {len(data)} tokens, but a prediction needs two.")
     if batch < 1 or context < 1:
@@ -85,7 +88,8 @@ def evaluate(
 ) -> Evaluation:
     """The loss of ``model`` on ``data`` (token data, or batches that the task understands).
 
-    ``most``: at most so many windows. The model is in evaluation mode meanwhile and back in its own afterwards.
+    ``most``: at most so many windows. Of token data, the last window is left out if it is not full.
+    The model is in evaluation mode meanwhile and back in its own afterwards.
     Raises :class:`DataError` if nothing can be predicted.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -11,7 +11,8 @@ One step:
                (accumulate)                                                       └─ finite? else NotFinite
 
 With a ``folder`` the run survives everything: ``Trainer(…, folder="run", resume=True)`` goes on from the newest
-whole checkpoint with the same bits that an unbroken run would have had (same machine, versions and threads).
+whole checkpoint. With a budget of steps it has the same bits that an unbroken run would have had (same machine, versions
+and threads); with a budget of seconds it goes on, but the learning rate follows the clock, which never runs the same twice.
 """
 
 from __future__ import annotations
@@ -134,10 +135,20 @@ class Trainer:
         tensorboard: bool = True,
     ):
         _check_budget(steps, seconds, accumulate)
-        if clip is not None and clip <= 0:
+        _check_counts(
+            batch=batch,
+            context=context,
+            evaluate_every=evaluate_every,
+            evaluate_windows=evaluate_windows,
+            sample_every=sample_every,
+            save_every=save_every,
+            keep=keep,
+        )
+        if clip is not None and not clip > 0:
             raise TrainingError(f"clip is the largest gradient norm, above zero, or None for no clipping; {clip} was given.")
         if isinstance(data, TokenData):
             _check_vocabulary(model, data)
+        task.check(model)
         if steps is not None:
             schedule.check(steps)
         self.model, self.task, self.optimizer, self.schedule = model, task, optimizer, schedule
@@ -169,7 +180,16 @@ class Trainer:
     # The run
 
     def __iter__(self) -> Iterator[Step]:
-        """Train; yields each step after it was taken. Ends at the budget, or after SIGINT or SIGTERM (see ``stopped``)."""
+        """Train; yields each step after it was taken. Ends at the budget, or after SIGINT or SIGTERM (see ``stopped``).
+
+        Leaving the loop (``break``) saves a run that has a folder, and lets go of the folder.
+        """
+        if self._run is not None and self._run.closed:
+            if self.finished:
+                return
+            raise TrainingError(
+                f"This trainer let go of {self._run.folder} when its loop ended, after step {self.number}: go on with a new Trainer(…, folder=…, resume=True)."
+            )
         was_training = self.model.training
         self.model.train()
         self._log = Log(self.folder, after=self.number, tensorboard=self._tensorboard)
@@ -191,6 +211,9 @@ class Trainer:
                         saved = time.monotonic()
                 self.stopped = interrupts.caught
                 self._finish()
+        except GeneratorExit:  # the caller left the loop
+            self._finish()
+            raise
         finally:
             self.model.train(was_training)
             self._progress.close()
@@ -436,11 +459,7 @@ class Trainer:
         if getattr(self.model, "spec", None) is None:
             checkpoint.save_parameters(self.model, folder / checkpoint.MODEL)
             return
-        try:
-            from glassformer.weights import own
-        except ImportError:
-            checkpoint.save_parameters(self.model, folder / checkpoint.MODEL)
-            return
+        from glassformer.weights import own
 
         own.save(self.model, folder, tokenizer=self.tokenizer, extra={"step": self.number, "tokens": self.tokens})
 
@@ -466,10 +485,16 @@ class Trainer:
 def _check_budget(steps: int | None, seconds: float | None, accumulate: int) -> None:
     if steps is None and seconds is None:
         raise TrainingError("A run needs a budget: give steps=… or seconds=….")
-    if (steps is not None and steps < 1) or (seconds is not None and seconds <= 0):
+    if (steps is not None and not steps >= 1) or (seconds is not None and not seconds > 0):
         raise TrainingError(f"The budget is above zero; steps={steps} and seconds={seconds} were given.")
     if accumulate < 1:
         raise TrainingError(f"A step has at least one micro-batch; accumulate={accumulate} was given.")
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and not value >= 1:
+            raise TrainingError(f"{name} is 1 or more; {name}={value} was given.")
 
 
 def _check_vocabulary(model: nn.Module, data: TokenData) -> None:

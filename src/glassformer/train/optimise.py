@@ -4,7 +4,8 @@ A Spec chooses (``AdamW()``, ``Muon()``), :meth:`Optimizer.build` sorts the para
 returns :class:`Optimisers`: one object for the loop, whatever is inside.
 
     kind of parameter        AdamW decays it    Muon takes it
-    matrix (inside blocks)   yes                yes
+    matrix (inside blocks)   yes                yes (each expert's too)
+    router of experts        yes                no (AdamW)
     read-out, not tied       yes                no (AdamW)
     embedding                no                 no (AdamW)
     vector: norms, biases    no                 no (AdamW)
@@ -57,8 +58,9 @@ class AdamW(Optimizer):
         _positive("lr", self.lr)
         if self.weight_decay < 0:
             raise SpecError(f"weight_decay is 0 or more; {self.weight_decay} was given.")
-        if not all(0 <= b < 1 for b in self.betas):
-            raise SpecError(f"betas lie in [0, 1); {self.betas} were given.")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise SpecError(f"betas are two numbers in [0, 1); {self.betas} were given.")
+        _positive("eps", self.eps)
 
     def build(self, model: nn.Module) -> Optimisers:
         return Optimisers([self.over([(n, p) for n, p, _ in _trainable(model)], model)])
@@ -87,7 +89,7 @@ class Muon(Optimizer):
 
     ``NS`` is five Newton-Schulz steps towards ``U V^T`` of the argument's singular value decomposition. The
     factor ``0.2 sqrt(max(…))`` gives updates the size of AdamW's, so learning rates of the same order serve
-    both. Everything else (embeddings, read-out, norms, biases, stacked matrices of experts) is AdamW's.
+    both. Everything else (embeddings, read-out, routers of experts, norms, biases) is AdamW's.
     """
 
     lr: float = 2e-3
@@ -99,6 +101,10 @@ class Muon(Optimizer):
 
     def __post_init__(self) -> None:
         _positive("lr", self.lr)
+        if not 0 <= self.momentum < 1:
+            raise SpecError(f"momentum lies in [0, 1); {self.momentum} was given.")
+        if self.iterations < 1:
+            raise SpecError(f"iterations of Newton-Schulz are 1 or more; {self.iterations} was given.")
 
     def build(self, model: nn.Module) -> Optimisers:
         parameters = _trainable(model)
@@ -130,7 +136,7 @@ class Optimisers:
     """All optimisers of a run, moved together.
 
     State is kept by parameter name, never by index, so that a checkpoint can be read without the code
-    that made it: ``state()`` gives ``{"blocks.0.attn.q.weight/exp_avg": tensor}``.
+    that made it: ``state()`` gives ``{"blocks.0.attn.qkv.weight/exp_avg": tensor}``.
     """
 
     def __init__(self, ruled: list[Ruled]):
@@ -220,4 +226,5 @@ def _kind(name: str, p: nn.Parameter, table: bool) -> str:
         return "embedding"
     if p.ndim < 2:
         return "vector"
-    return "readout" if any(w in ("readout", "lm_head", "head", "unembed") for w in words) else "matrix"
+    # A router chooses among experts as a read-out among tokens: its rows are scores, which Muon would make equally loud.
+    return "readout" if any(w in ("readout", "lm_head", "head", "unembed", "router") for w in words) else "matrix"

@@ -17,6 +17,8 @@ The run folder keeps the recipe itself (``recipe.yaml``), so that the run can be
 
 from __future__ import annotations
 
+import json
+import shutil
 from abc import abstractmethod
 from collections.abc import Callable
 from importlib import resources
@@ -115,7 +117,7 @@ class Recipe(Spec):
     def __post_init__(self) -> None:
         if self.steps is None and self.seconds is None:
             raise SpecError("A recipe needs a budget: steps=2000, seconds=100, or both.")
-        if (self.steps is not None and self.steps < 1) or (self.seconds is not None and self.seconds <= 0):
+        if (self.steps is not None and not self.steps >= 1) or (self.seconds is not None and not self.seconds > 0):
             raise SpecError(f"A budget is above zero; steps={self.steps} and seconds={self.seconds} were given.")
         if not 0 <= self.validation < 1:
             raise SpecError(f"validation is a share of the text, from 0 up to but not including 1; {self.validation} was given.")
@@ -164,13 +166,25 @@ class Recipe(Spec):
         return (self.data,) if isinstance(self.data, str) else self.data
 
     def prepare(self, out: str | Path) -> TokenData:
-        """The text as token shards in ``out``; shards and a tokenizer that are already there are used again if the text is the same."""
+        """The text as token shards in ``out``; shards and a tokenizer that are already there are used again if the text is the same.
+
+        If they were made for another choice of tokenizer they are made again, unless a run was begun with them: :class:`CheckpointError`.
+        """
         paths, out = [find_text(name) for name in self.texts], Path(out)
+        wanted = json.loads(json.dumps(self.tokenizer.to_dict()))
+        made_for = text_data.made_for(out)
+        if made_for is not None and made_for != wanted:
+            if (out.parent / RUN).exists():
+                raise CheckpointError(
+                    f"The run in {out.parent} was begun with the tokenizer {made_for}, but {wanted} is asked for: "
+                    "go on with the tokenizer it has, or start in a new folder."
+                )
+            shutil.rmtree(out)
         if (out / "tokenizer.json").exists():
             tokenizer = LoadTokenizer(str(out)).make(list)
         else:
             tokenizer = self.tokenizer.make(lambda: text_data.read_texts(paths))
-        return text_data.prepare(paths, tokenizer, out)
+        return text_data.prepare(paths, tokenizer, out, choice=wanted)
 
 
 def find_text(name: str) -> Path:

@@ -76,6 +76,11 @@ class Run:
         for name in ("model.json", checkpoint.MODEL, "tokenizer.json"):
             (self.folder / name).unlink(missing_ok=True)
 
+    @property
+    def closed(self) -> bool:
+        """Whether other processes may have the folder."""
+        return self._lock.closed
+
     def close(self) -> None:
         """Let other processes have the folder."""
         self._lock.close()

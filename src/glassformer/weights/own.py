@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from glassformer.text import Tokenizer
 
 FORMAT = 1
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 class Loaded(NamedTuple):
@@ -40,24 +42,32 @@ class Loaded(NamedTuple):
 
 
 def save(model: Any, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None, extra: dict[str, Any] | None = None) -> Path:
-    """Write a model to ``folder`` (made if needed); each file appears whole or not at all.
+    """Write a model to ``folder`` (made if needed): all files are written under other names first, then take their places.
 
-    Raises :class:`WeightsError` if the folder cannot be written.
+    Without a tokenizer, one that an earlier model left in the folder is removed. Raises :class:`WeightsError` if the folder cannot be written.
     """
     path = Path(folder)
+    staging: Path | None = None
     try:
         path.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=path, prefix=".writing."))
         tensors = {name: x.detach().to("cpu").contiguous() for name, x in model.named_parameters()}
-        _replace(path / "model.safetensors", lambda f: save_file(tensors, f, metadata={"format": "pt"}))
+        save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
         about = {"format": FORMAT, "spec": model.spec.to_dict(), "extra": extra or {}}
-        _replace(path / "model.json", lambda f: Path(f).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8"))
+        (staging / "model.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         if tokenizer is not None:
-            tokenizer.save(path / "tokenizer.json")
-    except OSError as error:
+            if (path / TOKENIZER[1]).exists():  # what else it says stays
+                shutil.copyfile(path / TOKENIZER[1], staging / TOKENIZER[1])
+            tokenizer.save(staging / TOKENIZER[0])
+        _take_places(staging, path)
+    except (OSError, SafetensorError) as error:
         raise WeightsError(
-            f"The model could not be written to {path}: {error.strerror or error}. "
+            f"The model could not be written to {path}: {getattr(error, 'strerror', None) or error}. "
             "Free some space or choose another folder; what was there before is untouched."
         ) from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
     return path
 
 
@@ -141,16 +151,15 @@ def _assign(model: Any, name: str, x: torch.Tensor) -> None:
     setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(x, requires_grad=x.is_floating_point()))
 
 
-def _replace(file: Path, write: Any) -> None:
-    """Write under a temporary name beside ``file``, then rename."""
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as f:
+def _take_places(staging: Path, folder: Path) -> None:
+    """Move every written file to its place, the description last; an old tokenizer that nothing replaces goes."""
+    written = sorted(staging.iterdir(), key=lambda f: f.name == "model.json")
+    for file in written:
+        with open(file, "rb+") as f:
             os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        os.chmod(file, 0o644)
+    for file in written:
+        os.replace(file, folder / file.name)
+    for name in TOKENIZER:
+        if name not in [f.name for f in written]:
+            (folder / name).unlink(missing_ok=True)
