@@ -39,7 +39,10 @@ def main() -> None:
     parser.add_argument("--warmup", type=float, default=0.02)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--compile", default="auto")
-    parser.add_argument("--qk-norm", action="store_true")
+    parser.add_argument("--qk-norm", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--norm", choices=["layer", "rms"], default="layer")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of what attention and feed-forward add")
+    parser.add_argument("--act", default="relu2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
@@ -47,10 +50,12 @@ def main() -> None:
     text = read_texts(find_text("tinyshakespeare"))[0]
     tokenizer = gf.text.train("characters", texts=[text])
     train, validation = gf.TokenData.from_text(text, tokenizer).split(0.1)
+    norm = gf.LayerNorm(bias=False) if a.norm == "layer" else gf.RMSNorm()
     block = gf.Block(
-        attention=gf.Attention(n_heads=a.heads, position=gf.Rotary(), qk_norm=gf.RMSNorm() if a.qk_norm else gf.NoNorm()),
-        feedforward=gf.Plain(d_ff=a.ff * a.d, act="relu2"),
-        norm=gf.RMSNorm(),
+        attention=gf.Attention(n_heads=a.heads, position=gf.Rotary(), qk_norm=norm if a.qk_norm else gf.NoNorm()),
+        feedforward=gf.Plain(d_ff=a.ff * a.d, act=a.act),
+        norm=norm,
+        dropout=a.dropout,
     )
     model = gf.Decoder(vocab_size=tokenizer.vocab_size, d_model=a.d, blocks=(block,) * a.layers).build(seed=a.seed)
     compiled = {"auto": "auto", "yes": True, "no": False}[a.compile]
@@ -70,7 +75,7 @@ def main() -> None:
     )
     began = time.perf_counter()
     for step in trainer:
-        if step.every(200):
+        if step.every(100):
             print(f"{step.number:6} {step.elapsed:6.1f} s  loss {step.loss:.3f}  {step.tokens_per_second:,.0f} tokens/s", flush=True)
     spent = time.perf_counter() - began
     result = gf.evaluate(model, gf.NextToken(), validation, batch=32, context=a.context)

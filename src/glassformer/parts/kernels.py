@@ -33,6 +33,8 @@ from glassformer.core.numerics import wide
 from glassformer.core.spec import Spec, part
 from glassformer.core.tap import check_heads
 
+from . import blockwise
+
 # Normalisers
 
 
@@ -189,14 +191,30 @@ def has_fused(rule: Rule, device: torch.device, dropout: float = 0.0) -> bool:
     return device.type == "cuda" and dropout == 0.0 and rule.normaliser.sink() is None
 
 
+def has_extras(rule: Rule) -> bool:
+    """Whether there is more to it than a scale and a triangular mask."""
+    return rule.cap is not None or rule.bias is not None or rule.mask.dense is not None or rule.normaliser.sink() is not None
+
+
+def _in_bfloat16(q: Tensor) -> bool:
+    # Under autocast the kernel computes in bfloat16 whatever it is given: queries that were normed arrive in float32.
+    return q.dtype == torch.bfloat16 or (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16 and q.dtype != torch.float64)
+
+
 def fused(
     q: Float[Tensor, "b h t k"], k: Float[Tensor, "b g s k"], v: Float[Tensor, "b g s kv"], rule: Rule, dropout: float = 0.0
 ) -> Float[Tensor, "b h t kv"]:
     """Scaled-dot-product attention without ever forming the pattern."""
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad:
+    if q.device.type == "cpu" and q.requires_grad and _in_bfloat16(q):
         # On a CPU the kernel's backward pass in bfloat16 takes ten times as long as in float32 (docs/log.md).
         with torch.autocast("cpu", enabled=False):
-            return fused(q.float(), k.float(), v.float(), rule, dropout).to(q.dtype)
+            if blockwise.pays(q, v) and dropout == 0.0 and not has_extras(rule):
+                group = q.shape[1] // k.shape[1]
+                q, k, v = (x.to(torch.bfloat16) for x in (q, *(y.repeat_interleave(group, 1) if group > 1 else y for y in (k, v))))
+                z: Tensor = blockwise.BlockwiseAttention.apply(q, k, v, rule.mask.causal, rule.scale)
+            else:
+                z = fused(q.float(), k.float(), v.float(), rule, dropout)
+            return z.to(torch.bfloat16)
     b, h, t, _ = q.shape
     g, s = k.shape[1], k.shape[2]
     sink = rule.normaliser.sink()

@@ -311,7 +311,8 @@ class Trainer:
             self._optimisers.zero_grad()
             torch.set_rng_state(random)
             return gradient(self._loss, batches, self._optimisers.parameters)
-        self._compiler.worked()
+        if self._compiler.worked() and self._run is not None:
+            self._run.write(products=self._compiler.products)
         return found
 
     def _loss(self, batch: Any) -> Loss:
@@ -411,6 +412,7 @@ class Trainer:
         try:
             self.notes += run.notes
             self._peak = float(run.record.get("matrix_peak") or 0.0)
+            self._compiler.products = run.record.get("products")
             if run.found is not None:
                 self._restore(run.found)
             if self._compiler.wanted == "auto" and self._compiler.decision is None:

@@ -43,6 +43,20 @@ def compiling_pays(device: torch.device, remaining_seconds: float) -> bool:
     return remaining_seconds * COMPILE_GAIN.get(kind, 0.0) > COMPILE_COST.get(kind, float("inf"))
 
 
+def compiled(loss: Callable[..., Any], device: torch.device, products: dict[str, int] | None = None) -> tuple[Callable[..., Any], Any]:
+    """``loss`` compiled as the trainer does it, and the pass over its products on a CPU (None elsewhere).
+
+    Kernels are not chosen by measurement, since the choice would differ from process to process; products are
+    (see products.py), and ``products`` is what a resumed run knows of them.
+    """
+    if device.type != "cpu":
+        return torch.compile(loss, dynamic=False, options={"deterministic": True}), None
+    from .products import SplitProducts  # imports the compiler
+
+    split = SplitProducts(products)
+    return torch.compile(loss, dynamic=False, options={"post_grad_custom_post_pass": split}), split
+
+
 class Compiler:
     """Gives the loss function of each step, eager or compiled as a whole (model and loss in one graph).
 
@@ -56,7 +70,9 @@ class Compiler:
             raise TrainingError(f"compile is True, False or 'auto'; {wanted!r} was given.")
         self.wanted, self._loss, self._device = wanted, loss, device
         self.decision: dict[str, Any] | None = None if wanted == "auto" else {"compile": wanted, "after": 0}
+        self.products: dict[str, int] | None = None  # which products are computed in blocks (see products.py); kept with the run too
         self._compiled: Callable[[Any], Loss] | None = None
+        self._split: Any = None
         self._proven = False
 
     def function(self, done: int) -> Callable[[Any], Loss]:
@@ -64,9 +80,7 @@ class Compiler:
         if self.decision is None or not self.decision["compile"] or done < self.decision["after"]:
             return self._loss
         if self._compiled is None:
-            # Without measuring kernels against each other: their choice would differ from process to process.
-            options: dict[str, Any] = {} if self._device.type == "cpu" else {"deterministic": True}
-            self._compiled = torch.compile(self._loss, dynamic=False, options=options)
+            self._compiled, self._split = compiled(self._loss, self._device, self.products)
         return self._compiled
 
     def decide(self, done: int, remaining_seconds: float) -> bool:
@@ -76,9 +90,12 @@ class Compiler:
         self.decision = {"compile": compiling_pays(self._device, remaining_seconds), "after": done}
         return True
 
-    def worked(self) -> None:
-        """A step went through: later errors are not the compiler's."""
-        self._proven = self._compiled is not None
+    def worked(self) -> bool:
+        """A step went through: later errors are not the compiler's. True if it was the first compiled one."""
+        first, self._proven = not self._proven, self._compiled is not None
+        if self._proven and self._split is not None:
+            self.products = dict(self._split.table)
+        return first and self._proven
 
     def give_up(self, error: Exception, done: int) -> str:
         """The first compiled step failed: go on eagerly and return a note; raise what must be raised."""
