@@ -1,7 +1,7 @@
 """Character-level Shakespeare on this machine: so many seconds of training, then the loss over the whole validation split.
 
     python benchmarks/shakespeare.py                   180 s, the settings that did best (docs/log.md)
-    python benchmarks/shakespeare.py --layers 6 --d 192 --context 256
+    python benchmarks/shakespeare.py --layers 6 --d 192 --context 128
 
 Data and split are nanoGPT's: the first 90 % of the characters train, the last 10 % validate. The seconds count everything
 from the first step on, compilation included; the loss is the mean over consecutive windows of the training context.
@@ -30,10 +30,10 @@ def main() -> None:
     parser.add_argument("--d", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--ff", type=int, default=4, help="feed-forward width, times d")
-    parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-2, help="Muon's, for the matrices")
-    parser.add_argument("--rest", type=float, default=6e-3, help="AdamW's, for everything else")
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=2e-2, help="Muon's, for the matrices")
+    parser.add_argument("--rest", type=float, default=8e-3, help="AdamW's, for everything else")
     parser.add_argument("--decay", type=float, default=0.1)
     parser.add_argument("--final", type=float, default=0.0, help="share of the learning rate at the end")
     parser.add_argument("--warmup", type=float, default=0.02)

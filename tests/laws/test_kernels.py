@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.attention.flex_attention as flex_attention
 
+from glassformer import Attention, Block, Decoder, LayerNorm, Plain, Rotary
 from glassformer.core.mask import And, Causal, Everything, Mask, Padding, Resolved, SameDocument, Visible, Window, resolve
 from glassformer.parts import kernels
 from glassformer.parts.kernels import Rule, Sigmoid, Softmax, SoftmaxPlusOne, SoftmaxSink
@@ -140,6 +141,26 @@ def test_bfloat16_training_attention_on_a_cpu_is_the_float32_kernel() -> None:
     reference.sum().backward()
     for x, w in zip((q, k, v), wide, strict=True):
         torch.testing.assert_close(x.grad.float(), w.grad, atol=1e-2, rtol=1e-2)  # one rounding to bfloat16
+
+
+def test_queries_that_were_normed_do_not_fall_into_the_bfloat16_kernel(monkeypatch) -> None:
+    # Normed queries and keys arrive in float32; under autocast the kernel would still take everything in bfloat16.
+    spec = Attention(n_heads=2, position=Rotary(), qk_norm=LayerNorm())
+    model = Decoder(vocab_size=11, d_model=16, blocks=(Block(attention=spec, feedforward=Plain(d_ff=16)),) * 2).build(seed=0)
+    seen, kernel = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q, k, v, *args, **kw):
+        seen.append({q.dtype, k.dtype, v.dtype, torch.is_autocast_enabled("cpu")})
+        return kernel(q, k, v, *args, **kw)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.arange(8)[None])
+        assert seen == [{torch.float32, False}] * 2
+        seen.clear()
+        with torch.no_grad():  # the forward pass is as fast in bfloat16
+            model(torch.arange(8)[None])
+    assert all(True in s for s in seen) and len(seen) == 2
 
 
 def test_a_soft_cap_with_a_sink_or_dropout_has_no_fused_kernel():

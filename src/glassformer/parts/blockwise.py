@@ -24,7 +24,7 @@ from torch import Tensor
 
 from glassformer.core.numerics import wide
 
-BLOCK = 128  # keys; on two cores with AMX 64 and 256 were slower at contexts of 256 and 512
+BLOCK = 128  # keys; on two cores with AMX blocks of 64 were slower at contexts of 256 and 512
 
 # The operation behind torch's own scaled_dot_product_attention, which does not hand out L.
 _KERNEL = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)

@@ -7,20 +7,21 @@ The demo (``make demo``) is this recipe. To make your own, copy this file, chang
 
 from __future__ import annotations
 
-from glassformer import AdamW, Attention, Block, Cosine, Decoder, Muon, Plain, Recipe, RMSNorm, Rotary, TrainTokenizer
+from glassformer import AdamW, Attention, Block, Cosine, Decoder, LayerNorm, Muon, Plain, Recipe, Rotary, TrainTokenizer
 
 
 def recipe() -> Recipe:
-    block = Block(attention=Attention(n_heads=4, position=Rotary()), feedforward=Plain(d_ff=512, act="relu2"), norm=RMSNorm())
+    norm = LayerNorm(bias=False)
+    block = Block(attention=Attention(n_heads=4, position=Rotary(), qk_norm=norm), feedforward=Plain(d_ff=512, act="relu2"), norm=norm)
     return Recipe(
         model=Decoder(vocab_size=65, d_model=128, blocks=(block,) * 4),
         data="tinyshakespeare",
         tokenizer=TrainTokenizer("characters"),
-        optimizer=Muon(lr=1e-2, rest=AdamW(lr=6e-3)),  # high rates and small batches: the run is short (docs/log.md)
+        optimizer=Muon(lr=2e-2, rest=AdamW(lr=8e-3)),  # high rates and small batches: the run is short (docs/log.md)
         schedule=Cosine(),
         seconds=100,
         batch=8,
-        context=128,
+        context=256,
         evaluate_windows=80,
         sample="ROMEO:",
     )

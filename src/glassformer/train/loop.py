@@ -166,7 +166,7 @@ class Trainer:
         self._loader: Source = Loader(data, batch, context, seed=seed, documents=documents) if isinstance(data, TokenData) else data
         self._autocast = autocast_dtype(dtype, model, self.device)
         self._optimisers = optimizer.build(model)
-        self._compiler = Compiler(self._loss, compile, self.device)
+        self._compiler = Compiler(self._loss, compile, self.device, layers=len(getattr(getattr(model, "spec", None), "blocks", ())) or 4)
         self._flops, self._peak = training_flops_per_token(model, context), 0.0
         self._rate, self._tenth, self._saved = Rate(), 0, -1
         self._random: Callable[[], dict[str, Any]] = checkpoint.random_state

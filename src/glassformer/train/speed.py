@@ -1,8 +1,8 @@
 """Choices of speed: number format and compilation, by rules simple enough to be written down.
 
-Measured on CPUs with AVX-512: autocast to bfloat16 halves a step from about ten million parameters on; with AMX it is as fast
-as float32 at 0.8 million (14.6 to 14.0 thousand tokens a second) and faster compiled (19.4 to 16.3). ``torch.compile`` saves
-about a fifth of each step there and costs some 35 seconds once for four layers.
+Measured on CPUs with AVX-512: autocast to bfloat16 halves a step from about ten million parameters on; with AMX it is faster
+than float32 at 0.8 million (15.2 to 12.8 thousand tokens a second, compiled 21.5 to 14.9). ``torch.compile`` saves a quarter
+of each step there and costs, once, some 35 to 55 seconds for four layers and two minutes for twelve.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from glassformer.core.errors import TrainingError
 from glassformer.tasks import Loss
 
 BF16_PARAMETERS = 500_000  # where bfloat16 begins to pay on a CPU
-COMPILE_GAIN = {"cpu": 0.2, "cuda": 0.35}  # share of a step that compilation saves
-COMPILE_COST = {"cpu": 60.0, "cuda": 60.0}  # seconds
+COMPILE_GAIN = {"cpu": 0.25, "cuda": 0.35}  # share of a step that compilation saves
+COMPILE_COST = {"cpu": (15.0, 10.0), "cuda": (15.0, 10.0)}  # seconds, and seconds a layer, with nothing cached
 MEASURED_STEPS = 5  # eager steps before "auto" decides
 
 
@@ -37,10 +37,10 @@ def autocast_dtype(name: str, model: nn.Module, device: torch.device) -> torch.d
     return None
 
 
-def compiling_pays(device: torch.device, remaining_seconds: float) -> bool:
+def compiling_pays(device: torch.device, remaining_seconds: float, layers: int = 4) -> bool:
     """Whether the time that compilation would save in the rest of the run exceeds what it costs."""
-    kind = device.type
-    return remaining_seconds * COMPILE_GAIN.get(kind, 0.0) > COMPILE_COST.get(kind, float("inf"))
+    once, each = COMPILE_COST.get(device.type, (float("inf"), 0.0))
+    return remaining_seconds * COMPILE_GAIN.get(device.type, 0.0) > once + each * layers
 
 
 def compiled(loss: Callable[..., Any], device: torch.device, products: dict[str, int] | None = None) -> tuple[Callable[..., Any], Any]:
@@ -65,10 +65,10 @@ class Compiler:
     a resumed run must change over at the same step.
     """
 
-    def __init__(self, loss: Callable[[Any], Loss], wanted: bool | str, device: torch.device):
+    def __init__(self, loss: Callable[[Any], Loss], wanted: bool | str, device: torch.device, layers: int = 4):
         if wanted not in (True, False, "auto"):
             raise TrainingError(f"compile is True, False or 'auto'; {wanted!r} was given.")
-        self.wanted, self._loss, self._device = wanted, loss, device
+        self.wanted, self._loss, self._device, self._layers = wanted, loss, device, layers
         self.decision: dict[str, Any] | None = None if wanted == "auto" else {"compile": wanted, "after": 0}
         self.products: dict[str, int] | None = None  # which products are computed in blocks (see products.py); kept with the run too
         self._compiled: Callable[[Any], Loss] | None = None
@@ -87,7 +87,7 @@ class Compiler:
         """After enough eager steps: settle ``"auto"``. True if it was settled now."""
         if self.decision is not None or done < MEASURED_STEPS:
             return False
-        self.decision = {"compile": compiling_pays(self._device, remaining_seconds), "after": done}
+        self.decision = {"compile": compiling_pays(self._device, remaining_seconds, self._layers), "after": done}
         return True
 
     def worked(self) -> bool:
