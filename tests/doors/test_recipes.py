@@ -136,6 +136,15 @@ def test_the_validation_part_is_the_end_of_the_text(tmp_path: Path) -> None:
     assert without.validation is None
 
 
+def test_a_recipe_says_how_often_to_save_and_to_write_samples(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    recipe = small().replace(data=str(tmp_path / "text.txt"), steps=6, sample="a", sample_every=2, save_every=3, keep=5, tensorboard=False)
+    samples = [step.number for step in recipe.trainer(tmp_path / "run") if step.sample is not None]
+    assert samples == [2, 4, 6]
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000000", "step-00000003", "step-00000006"]
+    assert not (tmp_path / "run/tensorboard").exists()
+
+
 def test_impossible_recipes_are_refused() -> None:
     with pytest.raises(gf.SpecError, match=r"A recipe needs a budget: steps=2000, seconds=100, or both"):
         small().replace(steps=None)

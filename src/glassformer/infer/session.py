@@ -16,8 +16,7 @@ row (at the start: none). A step reads what the cache does not hold yet, draws, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from glassformer.core.cache import Cache
 from glassformer.core.errors import CacheError, InputError, SamplerError
+from glassformer.core.modes import evaluating
 from glassformer.core.tap import Tap
 from glassformer.parts.position import LearnedLayer
 from glassformer.parts.readout import LanguageModel
@@ -244,24 +244,6 @@ def _check_readout(model: Any) -> None:
         raise InputError(
             f"Generation draws tokens of a vocabulary, but the model's read-out is {readout!r}, which predicts none: give a model with readout=LanguageModel()."
         )
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode for the length of one call, whatever mode each module is in; then every module is back in its own."""
-    training, left = [], [model]
-    while left:  # model.modules() takes twice as long, and this runs at every token
-        m = left.pop()
-        left += [child for child in m._modules.values() if child is not None]
-        if m.training:
-            training.append(m)
-    for m in training:
-        m.training = False
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
 
 
 def _measure(logits: Tensor, chosen: Tensor, top: int) -> Drawn:

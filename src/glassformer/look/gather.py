@@ -26,8 +26,8 @@ from torch import Tensor
 
 from glassformer.core.errors import InputError, TokenizerError
 from glassformer.core.flow import Pass
+from glassformer.core.modes import evaluating
 from glassformer.core.tap import Record
-from glassformer.infer.session import evaluating
 from glassformer.models import Encoder, Transformer
 from glassformer.parts.readout import LanguageModel
 

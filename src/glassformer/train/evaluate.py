@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from glassformer.core.errors import DataError
+from glassformer.core.modes import evaluating
 from glassformer.tasks import Batch, Task
 
 from .data import TokenData
@@ -96,20 +97,15 @@ def evaluate(
     batches = windows(data, batch, context, most=most, documents=documents) if isinstance(data, TokenData) else data
     sums: list[torch.Tensor] = []
     counts: list[torch.Tensor] = []
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
-            for one in batches:
-                one = one.to(device) if hasattr(one, "to") else one
-                rows = task.rows(model, one)
-                if rows is None:
-                    loss = task.loss(model, one)
-                    rows = loss.total.reshape(1), torch.as_tensor(loss.count, device=loss.total.device).reshape(1)
-                sums.append(rows[0].double())
-                counts.append(rows[1].double())
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad(), torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+        for one in batches:
+            one = one.to(device) if hasattr(one, "to") else one
+            rows = task.rows(model, one)
+            if rows is None:
+                loss = task.loss(model, one)
+                rows = loss.total.reshape(1), torch.as_tensor(loss.count, device=loss.total.device).reshape(1)
+            sums.append(rows[0].double())
+            counts.append(rows[1].double())
     if not sums:
         raise DataError("There was no batch to evaluate on: the validation data is empty.")
     total, count = torch.cat(sums).cpu(), torch.cat(counts).cpu()

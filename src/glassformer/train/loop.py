@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from glassformer.core.errors import CheckpointError, DataError, TrainingError
+from glassformer.core.modes import evaluating
 from glassformer.core.numerics import seed_everything
 from glassformer.tasks import Loss, Task
 
@@ -360,12 +361,8 @@ class Trainer:
             self._log.evaluation(step.number, step.validation)
             self._progress.say(f"step {step.number:,}  validation {step.validation}")
         if self.sample is not None and self._due(step, self.sample_every, tenth):
-            with checkpoint.same_randomness():
-                self.model.eval()
-                try:
-                    step.sample = self.sample(self.model)
-                finally:
-                    self.model.train()
+            with checkpoint.same_randomness(), evaluating(self.model):
+                step.sample = self.sample(self.model)
             self._log.sample(step.number, step.sample)
             self._progress.say(f"step {step.number:,}  sample: {step.sample}")
 

@@ -88,9 +88,10 @@ class LoadTokenizer(TokenizerChoice):
 class Recipe(Spec):
     """Everything that decides a run.
 
-    ``model``'s vocabulary is set to the tokenizer's when the run starts. ``validation``: the share of the text, from its end, that
-    is not learnt from (0: none). ``sample``: a prompt that is continued ten times in the run, to see it learn. Budget: ``steps`` or ``seconds``,
-    whichever ends first. The other fields are those of :class:`~glassformer.train.loop.Trainer`.
+    ``model``'s vocabulary is set to the tokenizer's when the run starts. ``validation``: the share of the text, from its end,
+    that is not learnt from (0: none). ``sample``: a prompt that is continued ten times in the run (or every ``sample_every``
+    steps), to see it learn. Budget: ``steps`` or ``seconds``, whichever ends first. The other fields are those of
+    :class:`~glassformer.train.loop.Trainer`.
     """
 
     model: Decoder
@@ -113,6 +114,10 @@ class Recipe(Spec):
     evaluate_every: int | None = None
     evaluate_windows: int = 200
     sample: str | None = None
+    sample_every: int | None = None
+    save_every: int | None = None
+    keep: int = 2
+    tensorboard: bool = True
 
     def __post_init__(self) -> None:
         if self.steps is None and self.seconds is None:
@@ -153,6 +158,10 @@ class Recipe(Spec):
             evaluate_every=self.evaluate_every,
             evaluate_windows=self.evaluate_windows,
             sample=None if self.sample is None else _sampler(tokenizer, self.sample),
+            sample_every=self.sample_every,
+            save_every=self.save_every,
+            keep=self.keep,
+            tensorboard=self.tensorboard,
             tokenizer=tokenizer,
             progress=progress,
         )
