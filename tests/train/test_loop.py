@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from itertools import pairwise
 
@@ -264,6 +265,14 @@ def test_the_products_of_a_compiled_run_are_kept_with_it(monkeypatch, tmp_path):
     assert json.loads((tmp_path / "run/run.json").read_text())["products"] == {"512x512x512 rr": 2}
     small.trainer(compile=True, steps=6, folder=tmp_path / "run", resume=True).run()
     assert seen == [None, {"512x512x512 rr": 2}]
+
+
+def test_a_torch_without_these_internals_compiles_all_the_same(monkeypatch):
+    calls = []
+    monkeypatch.setitem(sys.modules, "glassformer.train.products", None)
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: calls.append(options) or fn)
+    assert len(small.losses(small.trainer(compile=True, steps=2))) == 2
+    assert calls == [{"dynamic": False}]
 
 
 def test_where_nothing_compiles_auto_goes_on_eagerly(monkeypatch):

@@ -51,8 +51,10 @@ def compiled(loss: Callable[..., Any], device: torch.device, products: dict[str,
     """
     if device.type != "cpu":
         return torch.compile(loss, dynamic=False, options={"deterministic": True}), None
-    from .products import SplitProducts  # imports the compiler
-
+    try:
+        from .products import SplitProducts  # imports the compiler, and parts of it that torch does not promise to keep
+    except ImportError:
+        return torch.compile(loss, dynamic=False), None
     split = SplitProducts(products)
     return torch.compile(loss, dynamic=False, options={"post_grad_custom_post_pass": split}), split
 
