@@ -11,7 +11,7 @@ import yaml
 
 import glassformer as gf
 from glassformer.cli.recipe import built_in, override, read_recipe
-from glassformer.train.recipe import built_in_texts, find_text
+from glassformer.train.recipe import built_in_texts, find_text, prompt_for
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "the car is red and the sky is blue\n" * 20
@@ -143,6 +143,19 @@ def test_a_recipe_says_how_often_to_save_and_to_write_samples(tmp_path: Path) ->
     assert samples == [2, 4, 6]
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000000", "step-00000003", "step-00000006"]
     assert not (tmp_path / "run/tensorboard").exists()
+
+
+def test_a_sample_prompt_that_the_text_does_not_know_is_replaced_and_said(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    recipe = small().replace(data=str(tmp_path / "text.txt"), steps=4, sample="Ωmega", sample_every=2)
+    trainer = recipe.trainer(tmp_path / "run")
+    own = prompt_for(None, trainer.data)
+    assert own and TEXT.strip().startswith(own)
+    assert any(f"'Ωmega' has what this text has not; samples begin with the text's own {own!r}" in note for note in trainer.notes)
+    samples = [step.sample for step in trainer if step.sample is not None]
+    assert len(samples) == 2 and all(s.startswith(own) for s in samples)
+    assert prompt_for("Ωmega", trainer.data) == own
+    assert prompt_for(own[:1], trainer.data) == own[:1]
 
 
 def test_impossible_recipes_are_refused() -> None:

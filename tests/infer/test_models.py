@@ -274,7 +274,7 @@ def test_models_without_learned_positions_have_no_limit(rotary):
 def test_ids_outside_the_vocabulary_and_encoders_are_refused(rotary):
     with pytest.raises(InputError, match="29"):
         generate(rotary, [1, 29], max_new_tokens=2)
-    with pytest.raises(CacheError, match="encoder"):
+    with pytest.raises(InputError, match=r"this Encoder has the mask Everything\(\) and sees the whole text at once: give a Decoder"):
         generate(Encoder(V, D, decoder("rotary").blocks).build(seed=0), [1, 2], max_new_tokens=2)
 
 

@@ -78,7 +78,7 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer():
     ratio = TokenData.from_text(text, merges).bytes_per_token()
     assert Evaluation(ratio, 0.1, 2, 9, ratio).bits_per_byte == pytest.approx(one.bits_per_byte)
     assert Evaluation(1.0, 0.1, 2, 9).bits_per_byte is None
-    assert str(one) == "loss 1.0000 ± 0.1960, perplexity 2.72, 1.4427 bits per byte (2 windows, 9 tokens)"
+    assert str(one) == "loss 1.0000 ± 0.1960 (95 %), perplexity 2.72, 1.4427 bits per byte (2 windows, 9 tokens)"
 
 
 def test_documents_are_kept_apart():

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from glassformer.core.errors import DataError, SpecError as SpecProblem, TrainingError
+from glassformer.core.errors import DataError, InputError, SpecError as SpecProblem, TrainingError
 from glassformer.tasks import Batch, NextToken
-from glassformer.train import AdamW, Constant, Cosine, Muon, TokenData
+from glassformer.train import AdamW, Constant, Cosine, Muon, TokenData, loop
 from glassformer.train.accumulate import gradient
 from glassformer.train.speed import COMPILE_COST, COMPILE_GAIN, Compiler, Rate, autocast_dtype, compiling_pays
 from train import small
@@ -259,12 +259,18 @@ def test_the_products_of_a_compiled_run_are_kept_with_it(monkeypatch, tmp_path):
             seen.append(record)
             self.table = {"512x512x512 rr": 2}
 
+        def recorded(self):
+            if len(seen) == 2:
+                self.table |= {f"later {len(self.table)}": 1}
+            return dict(self.table)
+
     monkeypatch.setattr("glassformer.train.products.SplitProducts", Split)
     monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)
     small.trainer(compile=True, steps=4, folder=tmp_path / "run").run()
     assert json.loads((tmp_path / "run/run.json").read_text())["products"] == {"512x512x512 rr": 2}
     small.trainer(compile=True, steps=6, folder=tmp_path / "run", resume=True).run()
     assert seen == [None, {"512x512x512 rr": 2}]
+    assert json.loads((tmp_path / "run/run.json").read_text())["products"] == {"512x512x512 rr": 2, "later 1": 1, "later 2": 1}  # each as it came
 
 
 def test_a_torch_without_these_internals_compiles_all_the_same(monkeypatch):
@@ -367,3 +373,23 @@ def test_with_a_budget_of_seconds_samples_come_with_evaluations(monkeypatch: pyt
     seen = [(step.validation is not None, step.sample is not None) for step in trainer]
     assert any(looked for looked, _ in seen[:-1])
     assert all(validated == sampled for validated, sampled in seen)
+
+
+def test_a_sample_that_fails_does_not_end_the_run(tmp_path):
+    def sample(model):
+        raise InputError("no such letter")
+
+    trainer = small.trainer(sample=sample, sample_every=2, steps=4, folder=tmp_path / "run")
+    trainer.run()
+    assert trainer.number == 4 and trainer.finished
+    assert [note for note in trainer.notes if "No sample text" in note] == [f"No sample text at step {n}: no such letter" for n in (2, 4)]
+
+
+def test_saving_is_often_where_it_is_cheap(monkeypatch):
+    trainer = small.trainer()
+    monkeypatch.setattr(loop.time, "monotonic", lambda: 1000.0)
+    least, most = loop.SAVE_SECONDS
+    for took, wait in ((0.01, least), (2.0, 2.0 / loop.SAVE_SHARE), (60.0, most)):
+        trainer._save_took = took
+        assert trainer._save_due(1000.0 - wait * 1.01)
+        assert not trainer._save_due(1000.0 - wait * 0.99)

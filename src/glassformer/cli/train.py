@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from itertools import count
@@ -44,7 +45,7 @@ def train(
     if python.suffix == ".py" and python.is_file() and python.resolve() != (folder / PYTHON).resolve():  # it may register parts of its own
         shutil.copyfile(python, folder / PYTHON)
     trainer.run()
-    _report(trainer, folder)
+    _report(trainer, folder, chosen.sample)
     if trainer.stopped:
         raise typer.Exit(STOPPED.get(trainer.stopped, 1))
 
@@ -61,7 +62,7 @@ def _free_folder(wanted: Path) -> Path:
     return next(p for n in count(1) if not (p := wanted if n == 1 else wanted.with_name(f"{wanted.name}-{n}")).exists())
 
 
-def _report(trainer: Trainer, folder: Path) -> None:
+def _report(trainer: Trainer, folder: Path, sample: str | None) -> None:
     """What came out, where it is, and what to type next."""
     last = trainer.last
     found = "" if last is None or last.validation is None else f"; on text it has not seen: {last.validation}"
@@ -70,4 +71,9 @@ def _report(trainer: Trainer, folder: Path) -> None:
         return
     print(f"trained {trainer.number:,} steps in {trainer.elapsed:.0f} s{found}")
     print(f"saved in {folder} (loss curve: {folder / 'loss.png'})")
-    print(f'next: glassformer generate {folder} "Once"\n      glassformer look "Once upon a time" --model {folder}')
+    from ..train.data import TokenData
+    from ..train.recipe import prompt_for
+
+    assert isinstance(trainer.data, TokenData)  # a recipe's are
+    prompt, where = shlex.quote(prompt_for(sample, trainer.data)), shlex.quote(str(folder))
+    print(f"next: glassformer generate {where} {prompt}\n      glassformer look {prompt} --model {where}")

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from glassformer.core.cache import Cache
 from glassformer.core.errors import CacheError, InputError, SamplerError
+from glassformer.core.mask import Causal, Mask
 from glassformer.core.modes import evaluating
 from glassformer.core.tap import Tap
 from glassformer.parts.position import LearnedLayer
@@ -239,10 +240,14 @@ def position_limit(model: Any) -> int | None:
 
 def _check_readout(model: Any) -> None:
     spec = getattr(getattr(model, "decoder", model), "spec", None)
-    readout = getattr(spec, "readout", None)
+    readout, mask = getattr(spec, "readout", None), getattr(spec, "mask", None)
     if readout is not None and not isinstance(readout, LanguageModel):
         raise InputError(
             f"Generation draws tokens of a vocabulary, but the model's read-out is {readout!r}, which predicts none: give a model with readout=LanguageModel()."
+        )
+    if isinstance(mask, Mask) and not isinstance(mask, Causal):
+        raise InputError(
+            f"Generation goes from left to right, but this {type(spec).__name__} has the mask {mask!r} and sees the whole text at once: give a Decoder."
         )
 
 

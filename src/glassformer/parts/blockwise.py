@@ -10,7 +10,8 @@ blocks of keys, the products run on the matrix unit and the compiler fuses the r
                dV = P^T dz                     dS = P * (dz V^T - D) * scale,   D = sum(dz * z)
                dK = dS^T q                     dq += dS k
 
-The memory is that of one block of scores at a time (arXiv 2205.14135, section 3).
+Beside inputs and gradients it holds one block of scores and each block's share of dq (after arXiv 2205.14135, section 3).
+The blocks are written out one by one in the compiled step, so contexts beyond LONGEST keep the fused kernel.
 """
 
 from __future__ import annotations
@@ -21,20 +22,25 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from glassformer.core.numerics import wide
 
 BLOCK = 128  # keys; on two cores with AMX blocks of 64 were slower at contexts of 256 and 512
 
+LONGEST = 1024  # keys; at 2,048 compiling one layer takes twice as long as with the fused kernel
+
+# The matrix unit is what makes it faster; without one the fused kernel in float32 is.
+_MATRIX_UNIT = bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
 # The operation behind torch's own scaled_dot_product_attention, which does not hand out L.
 _KERNEL = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
-def pays(q: Tensor, v: Tensor) -> bool:
+def pays(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether this way is the faster one for a step in bfloat16: a compiled training step on a CPU."""
-    return (
-        _KERNEL is not None and torch.compiler.is_compiling() and q.device.type == "cpu" and q.requires_grad and q.shape[-1] == v.shape[-1] and q.shape[-2] > 1
-    )
+    here = _KERNEL is not None and _MATRIX_UNIT and torch.compiler.is_compiling() and q.device.type == "cpu"
+    return here and q.requires_grad and q.shape[-1] == v.shape[-1] and 1 < q.shape[-2] <= LONGEST and k.shape[-2] <= LONGEST
 
 
 class BlockwiseAttention(torch.autograd.Function):
@@ -43,6 +49,7 @@ class BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
         assert _KERNEL is not None
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # the kernel takes it for granted
         z, log_sum = _KERNEL(q, k, v, 0.0, causal, scale=scale)
         ctx.save_for_backward(q, k, v, z, log_sum)
         ctx.causal, ctx.scale = causal, scale
@@ -50,6 +57,7 @@ class BlockwiseAttention(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, z, log_sum = ctx.saved_tensors
         return *_gradients(q, k, v, z, log_sum[..., None], dz, ctx.causal, ctx.scale), None, None

@@ -208,7 +208,7 @@ def fused(
     if q.device.type == "cpu" and q.requires_grad and _in_bfloat16(q):
         # On a CPU the kernel's backward pass in bfloat16 takes ten times as long as in float32 (docs/log.md).
         with torch.autocast("cpu", enabled=False):
-            if blockwise.pays(q, v) and dropout == 0.0 and not has_extras(rule):
+            if blockwise.pays(q, k, v) and dropout == 0.0 and not has_extras(rule):
                 group = q.shape[1] // k.shape[1]
                 q, k, v = (x.to(torch.bfloat16) for x in (q, *(y.repeat_interleave(group, 1) if group > 1 else y for y in (k, v))))
                 z: Tensor = blockwise.BlockwiseAttention.apply(q, k, v, rule.mask.causal, rule.scale)

@@ -54,7 +54,7 @@ class Evaluation:
 
     def __str__(self) -> str:
         bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
-        return f"loss {self.loss:.4f} ± {1.96 * self.error:.4f}, perplexity {self.perplexity:.2f}{bits} ({self.windows} windows, {self.tokens:,} tokens)"
+        return f"loss {self.loss:.4f} ± {1.96 * self.error:.4f} (95 %), perplexity {self.perplexity:.2f}{bits} ({self.windows} windows, {self.tokens:,} tokens)"
 
 
 def windows(data: TokenData, batch: int, context: int, *, most: int | None = None, documents: bool = False) -> Iterator[Batch]:

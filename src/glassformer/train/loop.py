@@ -27,7 +27,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from glassformer.core.errors import CheckpointError, DataError, TrainingError
+from glassformer.core.errors import CheckpointError, DataError, GlassformerError, TrainingError
 from glassformer.core.modes import evaluating
 from glassformer.core.numerics import seed_everything
 from glassformer.tasks import Loss, Task
@@ -47,7 +47,8 @@ from .run import Run, check_settings, versions_note
 from .schedule import Cosine, Schedule
 from .speed import Compiler, Rate, autocast_dtype
 
-SAVE_SECONDS = 300.0
+SAVE_SECONDS = 15.0, 300.0  # between saves, at least and at most
+SAVE_SHARE = 0.02  # of the time that saving may take, between these two
 EVALUATIONS = 10  # in a run, unless evaluate_every says otherwise
 EVALUATED_WINDOWS = 200
 FIRST_GUESS = 1000  # steps of a run with a budget of seconds, before its first step was timed
@@ -98,7 +99,8 @@ class Trainer:
     the rest of the run is long enough to earn it back. ``seed``: of the order
     of the data and, at the first step, of the global generators (dropout). ``folder``: where the run is kept (None: nowhere).
     ``validation``: data to evaluate on every ``evaluate_every`` steps; ``sample``: a function of the model that
-    gives a text, called every ``sample_every`` steps. ``save_every``: steps (None: every five minutes); the newest ``keep`` stay.
+    gives a text, called every ``sample_every`` steps. ``save_every``: steps (None: as often
+    as 2 % of the time allow, from every 15 seconds to every five minutes); the newest ``keep`` stay.
 
     Raises :class:`TrainingError`, :class:`DataError` or :class:`CheckpointError` before the first step for what cannot
     work, :class:`NotFinite` when the loss or its gradient is no number.
@@ -163,13 +165,13 @@ class Trainer:
         self.notes: list[str] = []
         self.last: Step | None = None
         self.tokenizer = tokenizer if tokenizer is not None else getattr(data, "tokenizer", None)
-        self._data, self._tensorboard, self._progress_shown = data, tensorboard, progress
+        self.data, self._tensorboard, self._progress_shown = data, tensorboard, progress
         self._loader: Source = Loader(data, batch, context, seed=seed, documents=documents) if isinstance(data, TokenData) else data
         self._autocast = autocast_dtype(dtype, model, self.device)
         self._optimisers = optimizer.build(model)
-        self._compiler = Compiler(self._loss, compile, self.device, layers=len(getattr(getattr(model, "spec", None), "blocks", ())) or 4)
+        self._compiler = Compiler(self._loss, compile, self.device, layers=_layers(model))
         self._flops, self._peak = training_flops_per_token(model, context), 0.0
-        self._rate, self._tenth, self._saved = Rate(), 0, -1
+        self._rate, self._tenth, self._saved, self._save_took = Rate(), 0, -1, 0.0
         self._random: Callable[[], dict[str, Any]] = checkpoint.random_state
         self._run = None if folder is None else Run(folder, resume, keep)
         self._log, self._progress = Log(None), Progress(False, steps=steps, seconds=seconds)
@@ -208,8 +210,10 @@ class Trainer:
                     yield step
                     # Saved here, not before the yield: what the caller's loop did (random draws too) is part of the state.
                     if self._run is not None and self._save_due(saved) and not self.finished:
+                        begin = time.monotonic()
                         self.save()
                         saved = time.monotonic()
+                        self._save_took = saved - begin
                 self.stopped = interrupts.caught
                 self._finish()
         except GeneratorExit:  # the caller left the loop
@@ -362,9 +366,14 @@ class Trainer:
             self._progress.say(f"step {step.number:,}  validation {step.validation}")
         if self.sample is not None and self._due(step, self.sample_every, tenth):
             with checkpoint.same_randomness(), evaluating(self.model):
-                step.sample = self.sample(self.model)
-            self._log.sample(step.number, step.sample)
-            self._progress.say(f"step {step.number:,}  sample: {step.sample}")
+                try:
+                    step.sample = self.sample(self.model)
+                except GlassformerError as error:  # a sample is worth less than the run
+                    step.sample = None
+                    self._note(f"No sample text at step {step.number:,}: {error}")
+            if step.sample is not None:
+                self._log.sample(step.number, step.sample)
+                self._progress.say(f"step {step.number:,}  sample: {step.sample}")
 
     def _next_tenth(self, step: Step) -> bool:
         """Whether another tenth of a budget of seconds has passed with this step."""
@@ -384,7 +393,10 @@ class Trainer:
         return step.number % max((self.steps or 1) // EVALUATIONS, 1) == 0
 
     def _save_due(self, saved: float) -> bool:
-        return self.number % self.save_every == 0 if self.save_every else time.monotonic() - saved > SAVE_SECONDS
+        if self.save_every:
+            return self.number % self.save_every == 0
+        least, most = SAVE_SECONDS
+        return time.monotonic() - saved > min(most, max(least, self._save_took / SAVE_SHARE))
 
     def _total(self) -> float:
         """Steps of the whole run; with a budget of seconds, as many as fit at the pace so far."""
@@ -436,7 +448,7 @@ class Trainer:
     def _settings(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its continuation."""
         spec = getattr(self.model, "spec", None)
-        data = self._data
+        data = self.data
         return {
             "model": None if spec is None else spec.to_dict(),
             "task": self.task.to_dict(),
@@ -494,6 +506,12 @@ def _check_counts(**counts: int | None) -> None:
     for name, value in counts.items():
         if value is not None and not value >= 1:
             raise TrainingError(f"{name} is 1 or more; {name}={value} was given.")
+
+
+def _layers(model: nn.Module) -> int:
+    """Blocks of the model, of encoder and decoder together; 4 where it has no spec to ask."""
+    spec = getattr(model, "spec", None)
+    return sum(len(getattr(half, "blocks", ())) for half in (spec, getattr(spec, "encoder", None), getattr(spec, "decoder", None))) or 4
 
 
 def _check_vocabulary(model: nn.Module, data: TokenData) -> None:

@@ -1,14 +1,15 @@
-"""Products of a compiled step on a CPU, in halves where the library would compute them on one core.
+"""Products of a compiled step on a CPU, in blocks of rows where the library would compute them on one core.
 
 For some shapes the matrix library's bfloat16 product gives all of its work to one thread: [1024 768] x [768 768] takes
 twice as long as two products of 512 rows. Which shapes these are is the library's secret, so it is measured, once per
-shape, when the step is compiled:
+shape, when a step is compiled:
 
-    graph of the step ──► each product [m k] x [k n] ──► timed whole and in as many row blocks as there are threads
-                                                  └──► the blocks take its place where they are a quarter faster
+    graph of the step ──► each product [m k] x [k n] ──► timed whole, and in one block of rows per thread
+                                                  └──► the blocks take its place where they save 15 % of the time or more
 
-Blocks may sum in another order, so the choice must last: it is kept in ``table``, beside the compiler's own cache for
-every run on this machine, and in a run's record, so that a resumed run computes with the same products, bit for bit.
+Blocks may sum in another order, so a choice must last. It is settled once for every run on this machine, in a table
+beside the compiler's own cache (whose graphs hang on the table's id), and copied into a run's record, so that a
+resumed run computes with the same products, bit for bit.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,33 +42,83 @@ SECONDS = 1.0  # of timing per shape, about
 class SplitProducts(CustomGraphPass):
     """A pass over the graph of a compiled step; ``table`` maps each product's description to its number of row blocks.
 
-    ``record``: the table of a run that is resumed. Where this machine's own disagrees with it (another machine, a lost
-    cache), the record alone counts, and products that it does not name stay whole.
+    ``record``: the table of a run that is resumed. Where this machine's own contradicts it, the record alone counts, and
+    products that it does not name stay whole; otherwise the machine learns it.
     """
 
     def __init__(self, record: dict[str, int] | None = None):
         self._file = Path(cache_dir()) / f"glassformer-products-{torch.__version__}-{torch.get_num_threads()}.json"
-        own = self._read()
-        self._fixed = record is not None and any(own.get(name) != blocks for name, blocks in record.items())
-        self.table: dict[str, int] = dict(record or {}) if self._fixed else own
+        self._id = uuid.uuid4().hex
+        self._stale = False
+        self.table: dict[str, int] = {}
+        with self._shared():
+            self._fixed = any(self.table.get(name, blocks) != blocks for name, blocks in (record or {}).items())
+            if not self._fixed:
+                self.table |= record or {}
+        if self._fixed:
+            self.table = dict(record or {})
+        self._stale = not self._fixed
 
     def uuid(self) -> Any:
-        """What the compiler's cached graphs depend on: this file, and the table where it is not the machine's own."""
-        table = json.dumps(self.table, sort_keys=True) if self._fixed else ""
-        return hashlib.sha256(Path(__file__).read_bytes() + table.encode()).hexdigest() + f"-{torch.get_num_threads()}"
+        """What the compiler's cached graphs depend on: this file, and the table they were made by."""
+        table = json.dumps(self.table, sort_keys=True) if self._fixed else self._id
+        return hashlib.sha256(Path(__file__).read_bytes() + table.encode()).hexdigest()
 
     def __call__(self, graph: fx.Graph) -> None:
         """Replace what pays in ``graph``."""
-        for target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-            for node in graph.find_nodes(op="call_function", target=target):
-                blocks = self._blocks(node)
-                if blocks > 1:
-                    _split(graph, node, blocks)
-        if not self._fixed:
-            self._write()
+        with contextlib.nullcontext() if self._fixed else self._shared():
+            for target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                for node in graph.find_nodes(op="call_function", target=target):
+                    blocks = self._blocks(node)
+                    if blocks > 1:
+                        _split(graph, node, blocks)
+        self._stale = not self._fixed
+
+    def recorded(self) -> dict[str, int]:
+        """The table for a run's record; after a compilation with what it added, also where cached graphs were used."""
+        if self._stale:
+            with self._shared():
+                pass
+            self._stale = False
+        return dict(self.table)
+
+    @contextlib.contextmanager
+    def _shared(self) -> Iterator[None]:
+        """``table`` is the machine's, and nobody else changes it meanwhile; what is added is there for everyone afterwards.
+
+        Where the cache's folder cannot be written, the table is this process's own, and so is its id.
+        """
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            lock = self._file.with_suffix(".lock").open("w")
+        except OSError:
+            yield
+            return
+        with lock:
+            with contextlib.suppress(ImportError, OSError):  # a system without such locks
+                import fcntl
+
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            before = self._read()
+            yield
+            if self.table != before:
+                with contextlib.suppress(CheckpointError):
+                    write_json(self._file, {"id": self._id, "products": self.table})
+
+    def _read(self) -> dict[str, int] | None:
+        """Take over the machine's table, if there is one."""
+        try:
+            found = json.loads(self._file.read_text())
+            name, products = str(found["id"]), {str(name): int(blocks) for name, blocks in found["products"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        self._id, self.table = name, products
+        return dict(products)
 
     def _blocks(self, node: fx.Node) -> int:
         a, b = (x.meta["val"] for x in _factors(node))
+        if any(x.meta["val"].ndim != 1 for x in _inputs(node)[:-2]):  # a matrix is added: its rows would have to be split too
+            return 1
         if not (a.dtype == b.dtype == torch.bfloat16 and a.device.type == "cpu" and all(isinstance(n, int) for n in (*a.shape, *b.shape))):
             return 1
         threads = torch.get_num_threads()
@@ -76,17 +128,6 @@ class SplitProducts(CustomGraphPass):
         if name not in self.table and not self._fixed:
             self.table[name] = threads if faster_in_blocks(a, b, threads) else 1
         return self.table.get(name, 1)
-
-    def _read(self) -> dict[str, int]:
-        try:
-            return {str(name): int(blocks) for name, blocks in json.loads(self._file.read_text()).items()}
-        except (OSError, ValueError, AttributeError):
-            return {}
-
-    def _write(self) -> None:
-        with contextlib.suppress(OSError, CheckpointError):  # a cache
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._file, self.table | self._read())  # what another process settled first stays
 
 
 def faster_in_blocks(a: Tensor, b: Tensor, blocks: int) -> bool:

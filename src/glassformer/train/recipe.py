@@ -17,6 +17,7 @@ The run folder keeps the recipe itself (``recipe.yaml``), so that the run can be
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from abc import abstractmethod
@@ -25,6 +26,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import yaml
 from torch import nn
 
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 
 RECIPE, SHARDS = "recipe.yaml", "data"
 SAMPLE_TOKENS = 160
+PROMPT_TOKENS = 24
 
 
 class TokenizerChoice(Spec):
@@ -135,6 +138,7 @@ class Recipe(Spec):
         train, validation = data.split(self.validation) if self.validation else (data, None)
         assert data.tokenizer is not None  # prepare gave it one
         tokenizer = data.tokenizer
+        prompt = None if self.sample is None else prompt_for(self.sample, data)
         model = self.model.replace(vocab_size=tokenizer.vocab_size).build(device=device, seed=self.seed)
         trainer = Trainer(
             model,
@@ -157,7 +161,7 @@ class Recipe(Spec):
             validation=validation,
             evaluate_every=self.evaluate_every,
             evaluate_windows=self.evaluate_windows,
-            sample=None if self.sample is None else _sampler(tokenizer, self.sample),
+            sample=None if prompt is None else _sampler(tokenizer, prompt),
             sample_every=self.sample_every,
             save_every=self.save_every,
             keep=self.keep,
@@ -165,6 +169,8 @@ class Recipe(Spec):
             tokenizer=tokenizer,
             progress=progress,
         )
+        if prompt != self.sample:
+            trainer.notes.append(f"The sample prompt {self.sample!r} has what this text has not; samples begin with the text's own {prompt!r}.")
         kept = self.replace(data=tuple(str(p.resolve()) if (p := Path(d)).exists() else d for d in self.texts))
         (folder / RECIPE).write_text(yaml.safe_dump(kept.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
         return trainer
@@ -217,6 +223,18 @@ def _check_folder(folder: Path, resume: bool) -> None:
         raise CheckpointError(f"{folder} already holds a run: go on with it (--resume) or choose another folder (--out).")
     if resume and not (folder / RUN).exists():
         raise CheckpointError(f"There is no run to resume in {folder}: check the folder, or leave out --resume.")
+
+
+def prompt_for(wanted: str | None, data: TokenData) -> str:
+    """``wanted`` if the tokenizer of the data knows all of it, else the first words of the text."""
+    assert data.tokenizer is not None
+    with contextlib.suppress(TokenizerError):
+        if wanted:
+            data.tokenizer.encode(wanted)
+            return wanted
+    ids = data.read(np.zeros(1, dtype=np.int64), min(len(data), PROMPT_TOKENS))[0].tolist()
+    words = data.tokenizer.decode(ids).strip().split("\n")[0]
+    return " ".join(words.split(" ")[:3]) or data.tokenizer.decode(ids)
 
 
 def _sampler(tokenizer: Tokenizer, prompt: str) -> Callable[[nn.Module], str]:

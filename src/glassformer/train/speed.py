@@ -17,8 +17,8 @@ from glassformer.core.errors import TrainingError
 from glassformer.tasks import Loss
 
 BF16_PARAMETERS = 500_000  # where bfloat16 begins to pay on a CPU
-COMPILE_GAIN = {"cpu": 0.25, "cuda": 0.35}  # share of a step that compilation saves
-COMPILE_COST = {"cpu": (15.0, 10.0), "cuda": (15.0, 10.0)}  # seconds, and seconds a layer, with nothing cached
+COMPILE_GAIN = {"cpu": 0.25, "cuda": 0.35}  # share of a step that compilation saves; cuda is a guess
+COMPILE_COST = {"cpu": (15.0, 10.0), "cuda": (15.0, 10.0)}  # seconds, and seconds a layer, with nothing cached; cuda is a guess
 MEASURED_STEPS = 5  # eager steps before "auto" decides
 
 
@@ -75,13 +75,14 @@ class Compiler:
         self.products: dict[str, int] | None = None  # which products are computed in blocks (see products.py); kept with the run too
         self._compiled: Callable[[Any], Loss] | None = None
         self._split: Any = None
-        self._proven = False
+        self._tried = self._proven = False
 
     def function(self, done: int) -> Callable[[Any], Loss]:
         """The loss function for the step after ``done`` steps."""
         if self.decision is None or not self.decision["compile"] or done < self.decision["after"]:
             return self._loss
         if self._compiled is None:
+            self._tried = True
             self._compiled, self._split = compiled(self._loss, self._device, self.products)
         return self._compiled
 
@@ -93,15 +94,16 @@ class Compiler:
         return True
 
     def worked(self) -> bool:
-        """A step went through: later errors are not the compiler's. True if it was the first compiled one."""
-        first, self._proven = not self._proven, self._compiled is not None
-        if self._proven and self._split is not None:
-            self.products = dict(self._split.table)
-        return first and self._proven
+        """A step went through: later errors are not the compiler's. True if there are products that the run's record does not name yet."""
+        self._proven = self._compiled is not None
+        if not self._proven or self._split is None or self.products == (table := self._split.recorded()):
+            return False
+        self.products = table
+        return True
 
     def give_up(self, error: Exception, done: int) -> str:
         """The first compiled step failed: go on eagerly and return a note; raise what must be raised."""
-        if self._compiled is None or self._proven:
+        if not self._tried or self._proven:
             raise error
         reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
         if self.wanted is True:
