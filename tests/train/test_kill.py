@@ -119,6 +119,14 @@ def test_a_second_signal_ends_at_once(tmp_path):
 
 
 def test_within_a_process_signals_are_noted_and_handlers_put_back(tmp_path):
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts out ignoring it
+    try:
+        _signals_are_noted_and_handlers_put_back(tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, found)
+
+
+def _signals_are_noted_and_handlers_put_back(tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     trainer = small.trainer(folder=tmp_path, steps=9, schedule=Constant())
     for step in trainer:
