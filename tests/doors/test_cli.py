@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,7 +187,10 @@ MISTAKES = {
     "a recipe file that is not there": (["train", "mine.yaml"], r"There is no recipe file 'mine.yaml'\. Check the path"),
     "a set without a value": (["train", "shakespeare_quick", "--set", "batch"], r"--set takes path=value, but 'batch' was given"),
     "a set of what is not there": (["train", "shakespeare_quick", "--set", "bach=3"], r"--set bach=3: Recipe has no field 'bach'\. Did you mean 'batch'"),
-    "a set of a wrong type": (["train", "shakespeare_quick", "--set", "batch=many"], r"--set batch=many: Recipe\.batch is a int, but 'many' was given"),
+    "a set of a wrong type": (
+        ["train", "shakespeare_quick", "--set", "batch=many"],
+        r"--set batch=many: Recipe\.batch is a whole number, but 'many' was given",
+    ),
     "a set through a number": (["train", "shakespeare_quick", "--set", "batch.x=3"], r"the path cannot go on with 'x'"),
     "an unknown part": (["train", "shakespeare_quick", "--set", "optimizer=AdamV"], r"No part of kind Optimizer is named 'AdamV'\. Did you mean 'AdamW'"),
     "a value that is not YAML": (["train", "shakespeare_quick", "--set", "batch=[1"], r"the value '\[1' is not YAML"),
@@ -215,11 +219,11 @@ def test_a_mistake_is_one_sentence_with_the_remedy(run, what: str) -> None:
 
 RECIPES = {
     "no_function.py": ("x = 1\n", r"no_function.py has no function recipe\(\)\. Write one"),
-    "wrong_type.py": ("def recipe():\n    return 3\n", r"recipe\(\) in .*wrong_type.py returned a int, but a glassformer.Recipe is needed"),
+    "wrong_type.py": ("def recipe():\n    return 3\n", r"recipe\(\) in .*wrong_type.py returned a whole number, but a glassformer.Recipe is needed"),
     "raises.py": ("def recipe():\n    return 1 / 0\n", r"raises.py, line 2: ZeroDivisionError: division by zero\. Mend the recipe"),
     "syntax.py": ("def recipe(:\n", r"syntax.py, line 1: .*Mend the recipe"),
     "empty.yaml": ("", r"empty.yaml holds nothing, but a recipe is a mapping of fields"),
-    "list.yaml": ("- 1\n", r"list.yaml holds list, but a recipe is a mapping"),
+    "list.yaml": ("- 1\n", r"list.yaml holds a list, but a recipe is a mapping"),
     "broken.yaml": ("a: [1\n", r"broken.yaml, line 2: not YAML"),
     "binary.yaml": ("\xb8", r"binary.yaml is not UTF-8 text \(byte 0\), so it is no recipe"),
     "field.yaml": ("model: tiny\nstep: 3\n", r"Recipe: Recipe has no field 'step'\. Did you mean 'steps'"),
@@ -242,9 +246,38 @@ def test_a_wrong_recipe_is_named_with_its_line(run, name: str) -> None:
 def test_a_run_is_never_overwritten(run, trained: Path) -> None:
     before = (trained / "model.safetensors").read_bytes()
     ended = run("train", "shakespeare_quick", "--out", trained)
-    assert ended.code == 1
+    assert ended.code == 2
     assert "already holds a run: go on with it (--resume) or choose another folder (--out)" in ended.err
     assert (trained / "model.safetensors").read_bytes() == before
+
+
+def test_a_run_in_progress_is_opened_with_a_word_and_goes_on_with_one(run, trained: Path, tmp_path: Path) -> None:
+    newest = sorted((trained / "checkpoints").glob("step-*"))[-1]
+    going = tmp_path / "going" / "checkpoints" / newest.name
+    shutil.copytree(newest, going)
+    ended = run("generate", "going", "A", "-n", "1")
+    assert ended.code == 0
+    assert ended.err.endswith(f"the run in going is not finished; this is its checkpoint {newest.name}\n")
+    about = json.loads((going / "model.json").read_text())
+    (going / "model.json").write_text(json.dumps(about | {"extra": {"step": 0}}))
+    assert run("generate", "going", "A", "-n", "1").err.endswith(f"{newest.name}, which has learnt nothing yet\n")
+    shutil.copytree(trained, tmp_path / "run")
+    assert f"going on from step {int(newest.name[5:])}\n" in run("train", tmp_path / "run", "--resume", "--steps", "9").err
+
+
+def test_a_model_without_its_tokenizer_says_what_is_missing(run, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "bare")
+    (tmp_path / "bare" / "tokenizer.json").unlink()
+    for command in (["generate", "bare", "A"], ["look", "A", "--model", "bare"], ["evaluate", "bare", "--data", "tinyshakespeare"]):
+        ended = run(*command)
+        assert ended.code == 2
+        assert "bare has no tokenizer.json, so text means nothing to its model: put the one that it was trained with beside model.json." in ended.err
+
+
+def test_a_character_that_the_model_does_not_know_says_what_to_do(run, trained: Path) -> None:
+    ended = run("generate", trained, "Ä")
+    assert ended.code == 2
+    assert re.search(r"the character 'Ä' \(U\+00C4\) at position 0 .* knows: leave it out, or train a tokenizer that can read it: kinds bpe", ended.err)
 
 
 def test_a_saved_model_has_fixed_sizes(run, trained: Path) -> None:

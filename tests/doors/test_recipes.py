@@ -128,6 +128,21 @@ def test_a_left_over_tokenizer_does_not_win_over_the_one_asked_for(tmp_path: Pat
     assert words.trainer(tmp_path / "run", resume=True).finished
 
 
+def test_a_left_over_text_does_not_win_over_the_one_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text(TEXT)
+    (tmp_path / "two.txt").write_text(TEXT.upper())
+    one, two = (small().replace(data=str(tmp_path / name)) for name in ("one.txt", "two.txt"))
+    first = one.prepare(tmp_path / "run/data")
+    trainer = two.trainer(tmp_path / "run")  # no run was begun with that text: shards and tokenizer are made again
+    assert trainer.tokenizer.hash != first.tokenizer_hash
+    trainer.run()
+    with pytest.raises(
+        gf.CheckpointError, match=r"The run in .*run was begun with another text than .*one\.txt: go on with the text it has, or start in a new"
+    ):
+        one.trainer(tmp_path / "run", resume=True)
+    assert two.trainer(tmp_path / "run", resume=True).finished
+
+
 def test_the_validation_part_is_the_end_of_the_text(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     trainer = small().replace(data=str(tmp_path / "text.txt"), validation=0.25).trainer(tmp_path / "run")

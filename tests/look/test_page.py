@@ -214,7 +214,7 @@ def test_the_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
         raise OSError("disk full")
 
     monkeypatch.setattr(Path, "replace", broken)
-    with pytest.raises(InputError, match=r"cannot be written to '.*inside\.html' \(disk full\): choose another file; what was there before is untouched"):
+    with pytest.raises(InputError, match=r"cannot be written to '.*inside\.html': disk full\. Choose another place; what was there before is untouched"):
         write_page(target, built("gpt2"), Letters(), "other")
     assert target.read_text(encoding="utf-8") == first
     assert [p.name for p in tmp_path.iterdir()] == ["inside.html"]

@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from corpus_of_tokenizers import END, MIXED, shakespeare, trained
 from glassformer.core.errors import TokenizerError
-from glassformer.text import KINDS, Tokenizer, tokenizer as module, train
+from glassformer.text import KINDS, Tokenizer, train
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,7 +104,7 @@ def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "replace", full)
+    monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError, match="No space left"):
         trained("words").save(tmp_path)
     assert path.read_bytes() == before

@@ -11,7 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from glassformer.train import Constant, checkpoint
+from glassformer.core import files
+from glassformer.train import Constant
 from train import small
 
 
@@ -36,9 +37,9 @@ def slow_flush(path: Path) -> None:
     fast_flush(path)
 
 
-fast_flush = checkpoint.flush
+fast_flush = files.flush
 
 if __name__ == "__main__":
     if "--slow-disk" in sys.argv:
-        checkpoint.flush = slow_flush
+        files.flush = slow_flush
     run(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "True", 0.3 if "--body" in sys.argv else 0.0)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from glassformer.core import files
 from glassformer.core.errors import CheckpointError, TrainingError
 from glassformer.train import AdamW, Constant, Muon, TokenData, checkpoint
 from glassformer.train.checkpoint import list_steps, newest, read
@@ -131,9 +132,10 @@ def full_disk(*_: object, **__: object) -> None:
 
 
 def breaking_at(monkeypatch, name: str, step: int, trainer) -> None:
-    """Let ``checkpoint.name`` fail from a step on."""
-    real = getattr(checkpoint, name)
-    monkeypatch.setattr(checkpoint, name, lambda *a, **k: real(*a, **k) if trainer.number < step else full_disk())
+    """Let ``name`` fail from a step on."""
+    room = files if name == "flush" else checkpoint
+    real = getattr(room, name)
+    monkeypatch.setattr(room, name, lambda *a, **k: real(*a, **k) if trainer.number < step else full_disk())
 
 
 @pytest.mark.parametrize("name", ["save_file", "flush", "file_hash"])
@@ -162,20 +164,20 @@ def test_a_disk_that_is_full_for_the_log(tmp_path):
     for _ in range(4):
         next(steps)
     trainer._log._file = open("/dev/full", "w")  # noqa: SIM115
-    with pytest.raises(CheckpointError, match=r"metrics.jsonl could not be written: No space left on device. Free some space, then go on with --resume"):
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl could not be written: the disk is full. Free some space, then go on with --resume"):
         list(steps)
     assert newest(tmp_path)[0].step == 3
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CheckpointError, match=r"The run folder .*file/run cannot be written: Not a directory. Choose a folder that you may write to"):
+    with pytest.raises(CheckpointError, match=r"The run folder .*file/run cannot be written: Not a directory. Move the file that is where a folder is needed"):
         small.trainer(folder=tmp_path / "file/run")
     (tmp_path / "run/checkpoints").parent.mkdir()
     (tmp_path / "run/checkpoints").write_text("in the way")
-    with pytest.raises(CheckpointError, match=r"step-00000000 could not be written: .* Make the folder writable, then go on with --resume"):
+    with pytest.raises(CheckpointError, match=r"step-00000000 could not be written: File exists. Move the file that is .*, then go on with --resume"):
         small.trainer(folder=tmp_path / "run").run()
-    with pytest.raises(CheckpointError, match=r"none/run.json could not be written: No such file"):
+    with pytest.raises(CheckpointError, match=r"none/run.json could not be written: No such file or directory. Check the path"):
         checkpoint.write_json(tmp_path / "none/run.json", {})
 
 

@@ -173,7 +173,7 @@ def test_what_cannot_be_read_is_named(tmp_path, letters):
     with pytest.raises(DataError, match='bad.jsonl, line 2: a JSON object with a "text" is expected'):
         prepare(tmp_path / "bad.jsonl", letters, tmp_path / "out")
     (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(DataError, match=r"empty.txt is empty: there is nothing to learn from"):
+    with pytest.raises(DataError, match=r"empty.txt is empty: give one with words in it"):
         prepare(tmp_path / "empty.txt", letters, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))  # no drafts are left
@@ -186,7 +186,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, letters, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(data_file, "_write_shards", full)
-    with pytest.raises(DataError, match="could not be written to .*out: No space left on device. Free some space"):
+    with pytest.raises(DataError, match="could not be written to .*out: the disk is full. Free some space"):
         prepare(tmp_path / "a.txt", letters, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt"]
 
@@ -203,8 +203,10 @@ def test_split_keeps_every_token_once(letters):
 
 
 def test_ids_that_are_no_ids(letters):
-    with pytest.raises(DataError, match="one row of whole numbers; an array of shape \\(1, 2\\)"):
+    with pytest.raises(DataError, match="ids is a sequence of whole numbers or an array, but item 0 is \\[1, 2\\]"):
         TokenData.from_ids([[1, 2]])
+    with pytest.raises(DataError, match="one row of whole numbers; an array of shape \\(1, 2\\)"):
+        TokenData.from_ids(np.array([[1, 2]]))
     with pytest.raises(DataError, match="Token id 99 is outside the vocabulary of"):
         TokenData.from_ids([1, 99], letters)
     with pytest.raises(DataError, match="The text is empty"):

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from glassformer.core.errors import WeightsError
+from glassformer.text import train
 from glassformer.weights import own
 from tools import ALL, built, fresh, tokens
 
@@ -165,9 +166,7 @@ def test_a_newer_format(folder):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(
-        WeightsError, match=r"The model could not be written to .*: .*Free some space or choose another folder; what was there before is untouched\."
-    ):
+    with pytest.raises(WeightsError, match=r"The model could not be written to .*: File exists\. Move the file .*; what was there before is untouched\."):
         own.save(built("llama"), tmp_path / "file")
 
 
@@ -176,7 +175,7 @@ def test_a_write_that_fails_leaves_the_old_model(folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(own, "save_file", full)
-    with pytest.raises(WeightsError, match=r"could not be written to .*: No space left on device\."):
+    with pytest.raises(WeightsError, match=r"could not be written to .*: the disk is full\. Free some space; what was there before is untouched"):
         own.save(fresh("gpt2"), folder)
     assert own.load(folder).model.spec == ALL["llama"]
     assert sorted(p.name for p in folder.iterdir()) == ["model.json", "model.safetensors"], "no temporary file is left"
@@ -190,6 +189,8 @@ def test_a_model_without_a_tokenizer_removes_an_old_one(folder):
 
 
 class _FullDisk:
+    vocab_size, vocabulary_hash = 3, "abc"
+
     def save(self, path: Path) -> None:
         path.write_text("{")
         raise OSError(28, "No space left on device")
@@ -198,7 +199,7 @@ class _FullDisk:
 def test_a_tokenizer_that_cannot_be_written_leaves_the_old_folder(folder):
     (folder / "tokenizer.json").write_text("old")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    with pytest.raises(WeightsError, match=r"No space left on device"):
+    with pytest.raises(WeightsError, match=r"the disk is full"):
         own.save(fresh("gpt2"), folder, tokenizer=_FullDisk())
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
@@ -208,6 +209,17 @@ def test_a_full_disk_under_the_parameters(folder, monkeypatch):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(own, "save_file", full)
-    with pytest.raises(WeightsError, match=r"could not be written to .*No space left on device"):
+    with pytest.raises(WeightsError, match=r"could not be written to .*the disk is full"):
         own.save(fresh("gpt2"), folder)
     assert own.load(folder).model.spec == ALL["llama"]
+
+
+def test_a_tokenizer_of_another_model_is_not_taken_for_its_own(tmp_path):
+    mine, other = (train("characters", texts=[text]) for text in ("abcdefg", "hijk"))
+    own.save(fresh("gpt2"), tmp_path, tokenizer=mine)
+    assert own.load(tmp_path).tokenizer == mine
+    other.save(tmp_path)
+    with pytest.raises(WeightsError, match=r"tokenizer\.json is not the tokenizer that the model was saved with \(4 tokens there, 7 in the model's own"):
+        own.load(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    assert own.load(tmp_path).tokenizer is None

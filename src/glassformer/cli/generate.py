@@ -28,14 +28,14 @@ def generate(
 ) -> None:
     """Continue a prompt with a trained model, token by token as they come."""
     from ..infer import stream
-    from .models import open_model
+    from .models import open_model, tokenizer_of
 
     loaded = open_model(model, device)
     text = _standard_input() if prompt == "-" else prompt
     tokens = stream(
         loaded.model,
         text,
-        tokenizer=loaded.tokenizer,
+        tokenizer=tokenizer_of(loaded, model),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,

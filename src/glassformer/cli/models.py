@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
-from ..core.errors import InputError, RecipeError, TokenizerError, WeightsError, did_you_mean
+from ..core.errors import RecipeError, TokenizerError, WeightsError, did_you_mean
+from ..core.numerics import device_named, devices
 from ..models import presets
 from ..weights import own
 from .recipe import override, unknown_part
@@ -25,14 +25,8 @@ class Shape(NamedTuple):
 
 
 def pick_device(name: str | None) -> str:
-    """The device of that name if it is there, or the best there is. Raises :class:`InputError`."""
-    there = [kind for kind, present in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)) if present]
-    if name is None:
-        return there[0]
-    kind, _, number = name.partition(":")
-    if kind not in there or (number and (not number.isdigit() or (kind == "cuda" and int(number) >= torch.cuda.device_count()))):
-        raise InputError(f"There is no device {name!r} here. There is: {', '.join(there)}; or leave --device out.")
-    return name
+    """The device of that name if it is there, or the best there is. Raises :class:`SpecError`."""
+    return devices()[0] if name is None else str(device_named(name))
 
 
 def open_model(folder: str, device: str | None = None) -> own.Loaded:
@@ -40,7 +34,11 @@ def open_model(folder: str, device: str | None = None) -> own.Loaded:
     if not Path(folder).is_dir():
         remedy = "A preset has no trained weights: train one first" if folder in presets.names() else "Train one first"
         raise WeightsError(f"There is no folder {folder!r} with a model in it. {remedy}: glassformer train shakespeare_quick --out {folder}.")
-    return _load(folder, pick_device(device))
+    loaded = _load(folder, pick_device(device))
+    if (path := own.find(Path(folder))) != Path(folder):
+        untrained = ", which has learnt nothing yet" if loaded.extra.get("step") == 0 else ""
+        print(f"note: the run in {folder} is not finished; this is its checkpoint {path.name}{untrained}", file=sys.stderr)
+    return loaded
 
 
 def _load(folder: str, device: str = "cpu") -> own.Loaded:
@@ -57,7 +55,7 @@ def _load(folder: str, device: str = "cpu") -> own.Loaded:
 def tokenizer_of(loaded: own.Loaded, folder: str) -> Tokenizer:
     """The tokenizer beside a model. Raises :class:`TokenizerError` if there is none."""
     if loaded.tokenizer is None:
-        raise TokenizerError(f"{folder} has no tokenizer.json, so text means nothing to its model: save the model with its tokenizer.")
+        raise TokenizerError(f"{folder} has no tokenizer.json, so text means nothing to its model: put the one that it was trained with beside model.json.")
     return loaded.tokenizer
 
 

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import yaml
 
 from ..core.errors import GlassformerError, RecipeError, SpecError, did_you_mean
+from ..core.fields import described
 from ..core.spec import Spec
 from ..models.presets import preset
 from ..train.recipe import Recipe
@@ -127,7 +128,7 @@ def _from_python(path: Path) -> Recipe:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         raise RecipeError(f"{path}, line {lines[-1] if lines else '?'}: {type(error).__name__}: {error}. Mend the recipe.") from error
     if not isinstance(found, Recipe):
-        raise RecipeError(f"recipe() in {path} returned a {type(found).__name__}, but a glassformer.Recipe is needed.")
+        raise RecipeError(f"recipe() in {path} returned {described(type(found))}, but a glassformer.Recipe is needed.")
     return found
 
 
@@ -141,7 +142,7 @@ def _from_yaml(path: Path) -> Recipe:
         where = f", line {mark.line + 1}" if mark else ""
         raise RecipeError(f"{path}{where}: not YAML ({getattr(error, 'problem', None) or error}). Mend the recipe.") from error
     if not isinstance(plain, dict):
-        raise RecipeError(f"{path} holds {type(plain).__name__ if plain is not None else 'nothing'}, but a recipe is a mapping of fields, such as 'batch: 16'.")
+        raise RecipeError(f"{path} holds {'nothing' if plain is None else described(type(plain))}, but a recipe is a mapping of fields, such as 'batch: 16'.")
     try:
         return Recipe.from_dict(plain | {"model": _model_by_name(plain.get("model"))} if "model" in plain else plain)
     except SpecError as error:

@@ -29,6 +29,7 @@ def train(
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps; by default the best there is.")] = None,
 ) -> None:
     """Train a model by a recipe and keep the run in a folder."""
+    from ..core.errors import CheckpointError, RecipeError, TrainingError
     from .models import pick_device
     from .recipe import PYTHON, read_recipe, read_run
 
@@ -40,7 +41,12 @@ def train(
     usual = Path("runs") / Path(recipe).stem
     folder = out or (usual if resume else _free_folder(usual))
     print(f"{Path(recipe).stem}: {', '.join(chosen.texts)} -> {folder}", file=sys.stderr)
-    trainer = chosen.trainer(folder, device=pick_device(device), resume=resume, progress=True)
+    try:
+        trainer = chosen.trainer(folder, device=pick_device(device), resume=resume, progress=True)
+    except (TrainingError, CheckpointError) as error:  # before the first step: not a failure of the run
+        raise RecipeError(str(error)) from error
+    if resume:
+        print(f"going on from step {trainer.number:,}", file=sys.stderr)
     python = Path(recipe) / PYTHON if Path(recipe).is_dir() else Path(recipe)
     if python.suffix == ".py" and python.is_file() and python.resolve() != (folder / PYTHON).resolve():  # it may register parts of its own
         shutil.copyfile(python, folder / PYTHON)

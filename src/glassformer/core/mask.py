@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from .spec import Spec, part
 
 class Mask(Spec):
     """A rule of visibility. Combine with ``&`` (both), ``|`` (either), ``~`` (not)."""
+
+    _checks_fields: ClassVar[bool] = False  # masks are made in every forward pass, inside a compiled one too
 
     def allowed(self, b: Tensor, q: Tensor, s: Tensor) -> Tensor:
         """Boolean of the broadcast shape of ``b`` (row), ``q`` (query place), ``s`` (key place)."""
@@ -71,6 +74,8 @@ class Window(Mask):
     size: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.size, int):
+            raise MaskError(f"Window(size={self.size!r}): the size is a whole number of places.")
         if self.size < 1:
             raise MaskError(f"Window(size={self.size}) would hide everything; the size is at least 1.")
 

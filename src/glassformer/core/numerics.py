@@ -1,4 +1,4 @@
-"""Numbers: data types by name, seeds."""
+"""Numbers: data types and devices by name, seeds."""
 
 from __future__ import annotations
 
@@ -28,6 +28,20 @@ def dtype_named(name: str | torch.dtype) -> torch.dtype:
     if name not in DTYPES:
         raise SpecError(f"No data type is named {name!r}.{did_you_mean(name, DTYPES)} Known: {', '.join(DTYPES)}.")
     return DTYPES[name]
+
+
+def devices() -> list[str]:
+    """The kinds of devices that this machine has, the best first."""
+    return [kind for kind, present in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)) if present]
+
+
+def device_named(name: str | torch.device) -> torch.device:
+    """The device of that name (``"cpu"``, ``"cuda:1"``); raises :class:`SpecError` if this machine has none such."""
+    kind, _, number = str(name).partition(":")
+    there = devices()
+    if kind not in there or (number and (not number.isdigit() or (kind == "cuda" and int(number) >= torch.cuda.device_count()))):
+        raise SpecError(f"There is no device {str(name)!r} here. There is: {', '.join(there)}.")
+    return torch.device(name)
 
 
 def seed_everything(seed: int) -> None:

@@ -16,13 +16,15 @@ Paths are field names and tuple indices joined by dots; ``*`` meets every item o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
-from .errors import SpecError, did_you_mean
+from . import fields
+from .errors import GlassformerError, SpecError, did_you_mean
 
 S = TypeVar("S", bound="Spec")
 T = TypeVar("T")
@@ -38,12 +40,44 @@ def part(cls: type[T]) -> type[T]:
     :func:`registered` can list all parts of a kind. Two parts of one name are an error.
     """
     made: Any = dataclass(frozen=True, repr=False)(cls)
+    if made._checks_fields:
+        _check_fields_of(made)
     name = made.__name__
     old = _REGISTRY.get(name)
     if old is not None and (old.__module__, old.__qualname__) != (made.__module__, made.__qualname__):
         raise SpecError(f"A part named {name!r} is already registered by {old.__module__}; choose another name for the one in {made.__module__}.")
     _REGISTRY[name] = made
     return cls
+
+
+def _check_fields_of(cls: Any) -> None:
+    """Let ``cls(...)`` refuse unknown names, missing ones and values of the wrong type before anything is computed from them."""
+    make = cls.__init__
+    known = {f.name: f for f in dataclasses.fields(cls)}
+
+    @functools.wraps(make)
+    def checked(self: Any, *args: Any, **given: Any) -> None:
+        name = cls.__name__
+        for key in given:
+            if key not in known:
+                raise SpecError(_no_field(name, key, known))
+        if len(args) > len(known):
+            raise SpecError(f"{name} has {len(known)} fields ({', '.join(known)}), but {len(args)} values were given.")
+        values = {**dict(zip(known, args, strict=False)), **given}
+        if missing := _missing(cls, values):
+            raise SpecError(f"{name} needs {', '.join(missing)}.")
+        fields.check(name, values, fields.hints(cls), cls._error)
+        make(self, *args, **given)
+
+    cls.__init__ = checked
+
+
+def _no_field(owner: str, name: str, known: typing.Collection[str]) -> str:
+    return f"{owner} has no field {name!r}.{did_you_mean(name, known)} It has: {', '.join(known) or 'none'}."
+
+
+def _missing(cls: Any, given: Mapping[str, Any]) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls) if f.name not in given and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
 
 
 _WHEN_ASKED: list[Callable[[], None]] = []
@@ -83,22 +117,32 @@ class Spec:
     """Base of all Specs; subclasses are made with the :func:`part` decorator."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+    _checks_fields: ClassVar[bool] = True
+    _error: ClassVar[type[GlassformerError]] = SpecError  # for a field of the wrong type
+
+    @classmethod
+    def _choices(cls) -> list[str]:
+        return list(registered(cls))
 
     def replace(self: S, **changes: Any) -> S:
         """A copy with some fields changed. Raises :class:`SpecError` for a field that does not exist."""
         known = [f.name for f in dataclasses.fields(self)]
         for name in changes:
             if name not in known:
-                raise SpecError(f"{type(self).__name__} has no field {name!r}.{did_you_mean(name, known)} It has: {', '.join(known)}.")
+                raise SpecError(_no_field(type(self).__name__, name, known))
         changed: S = dataclasses.replace(self, **changes)
         return changed
 
     def at(self: S, path: str) -> Selection[S]:
         """Every value that ``path`` meets, to read or to change."""
+        if not isinstance(path, str):
+            raise SpecError(f"A path is a text, such as 'blocks.*.attention.position', but {fields.described(type(path))} was given.")
         return Selection(self, tuple(path.split(".")) if path else ())
 
     def diff(self, other: Spec) -> str:
         """The lines in which ``self`` differs from ``other`` (``path: other's value -> own value``), or ''."""
+        if not isinstance(other, Spec):
+            raise SpecError(f"diff compares two Specs, but {fields.described(type(other))} was given.")
         rows: dict[tuple[str, str, str], list[int]] = {}
         for path, a, b in _differences("", other, self):
             head, number, tail = _first_index(path)
@@ -173,7 +217,7 @@ def _edit(node: Any, path: tuple[str, ...], fn: Callable[[Any], Any], done: tupl
     if isinstance(node, Spec):
         known = [f.name for f in dataclasses.fields(node)]
         if step not in known:
-            raise SpecError(f"{type(node).__name__} (at {here}) has no field {step!r}.{did_you_mean(step, known)} It has: {', '.join(known) or 'none'}.")
+            raise SpecError(_no_field(f"{type(node).__name__} (at {here})", step, known))
         return node.replace(**{step: _edit(getattr(node, step), rest, fn, (*done, step))})
     raise SpecError(f"{here} is {node!r}, which has nothing inside: the path cannot go on with {step!r}.")
 
@@ -307,7 +351,7 @@ def _unplain(data: Any, kind: Any, where: str) -> Any:
     if kind in (int, float, str, bool):
         if type(data) is kind:
             return data
-        raise SpecError(f"{where} is a {kind.__name__}, but {data!r} was given.")
+        raise SpecError(f"{where} is {fields.described(kind)}, but {data!r} was given.")
     return data
 
 
@@ -326,19 +370,15 @@ def _unplain_spec(data: Any, kind: type[S], where: str) -> S:
         raise SpecError(f"{where} is a {kind.__name__} (a name, or fields with a 'type'), but {data!r} was given.")
     name = data.get("type", kind.__name__)
     cls = part_named(str(name), kind)
-    hints = typing.get_type_hints(cls)
+    hints = fields.hints(cls)
     known = [f.name for f in dataclasses.fields(cls)]
-    fields: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in data.items():
         if key == "type":
             continue
         if key not in known:
-            raise SpecError(f"{where}: {name} has no field {key!r}.{did_you_mean(key, known)} It has: {', '.join(known) or 'none'}.")
-        fields[key] = _unplain(value, hints[key], f"{where}.{key}")
-    try:
-        return typing.cast(S, cls(**fields))
-    except TypeError as error:
-        missing = [
-            f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in fields
-        ]
-        raise SpecError(f"{where}: {name} needs {', '.join(missing)}.") from error
+            raise SpecError(f"{where}: {_no_field(name, key, known)}")
+        values[key] = _unplain(value, hints.get(key, Any), f"{where}.{key}")
+    if missing := _missing(cls, values):
+        raise SpecError(f"{where}: {name} needs {', '.join(missing)}.")
+    return typing.cast(S, cls(**values))

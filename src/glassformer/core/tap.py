@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from .errors import SiteError, did_you_mean
+from .fields import described
 from .sites import HEAD_AXIS
 
 
@@ -80,6 +81,8 @@ class Record(Tap):
     """
 
     def __init__(self, *patterns: str, grad: bool = False, device: str | torch.device | None = None):
+        if not patterns:
+            raise SiteError("Record() keeps nothing: name what to keep, such as Record('blocks.*.attn.pattern'), or Record('**') for everything.")
         self._patterns = tuple(Pattern.read(p) for p in patterns)
         self._grad, self._device = grad, device
         self.values: dict[str, Tensor] = {}
@@ -213,6 +216,8 @@ class Edit(Tap):
 
     def __init__(self, pattern: str, fn: Callable[[Tensor], Tensor | None]):
         self.pattern, self.fn = Pattern.read(pattern), fn
+        if not callable(fn):
+            raise SiteError(f"Edit({pattern!r}, {fn!r}): the second is a function of the value, such as lambda x: 0 * x, but {described(type(fn))} was given.")
 
     def visit(self, path: str, x: Tensor) -> Tensor:
         if not self.pattern.meets(path):
@@ -287,6 +292,8 @@ class Pattern:
     @staticmethod
     def read(text: str) -> Pattern:
         """Parse a pattern; raises :class:`SiteError` with what is wrong."""
+        if not isinstance(text, str):
+            raise SiteError(f"A site is named by a text, such as 'blocks.3.attn.pattern', but {described(type(text))} was given.")
         body, heads = text, None
         if text.endswith("]") and "[" in text:
             body, _, inside = text[:-1].rpartition("[")

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from glassformer.core.cache import Cache
 from glassformer.core.errors import InputError, SamplerError, did_you_mean
+from glassformer.core.fields import check, hints
 from glassformer.core.tap import Tap
 
 from .links import build_chain
@@ -210,6 +211,20 @@ class _Run:
     def prepare(
         model: Any,
         prompt: Prompt,
+        **options: Any,
+    ) -> _Run:
+        """Read the options and check them against each other; nothing runs but an encoder."""
+        kinds = hints(Options)
+        for name in options:
+            if name not in kinds:
+                raise SamplerError(f"There is no option {name!r}.{did_you_mean(name, kinds)} Known: {', '.join(kinds)}.")
+        check("generate", options, kinds, SamplerError)
+        return _Run._read(model, prompt, **options)
+
+    @staticmethod
+    def _read(
+        model: Any,
+        prompt: Prompt,
         *,
         tokenizer: Any = None,
         max_new_tokens: int = 128,
@@ -223,10 +238,6 @@ class _Run:
         decoder_start: int | Sequence[int] | None = None,
         **known: Any,
     ) -> _Run:
-        """Read the options and check them against each other; nothing runs but an encoder."""
-        for name in known:
-            if name not in Options.__annotations__:
-                raise SamplerError(f"There is no option {name!r}.{did_you_mean(name, Options.__annotations__)} Known: {', '.join(Options.__annotations__)}.")
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}; ask for at least 1.")
         if logprobs < 0:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isfinite, isnan, log
-from typing import Any
 
 import numpy as np
 import torch
@@ -230,13 +229,12 @@ class LogitBias(Link):
     Raises :class:`SamplerError` for an id outside the vocabulary, and for a bias of NaN or +inf.
     """
 
-    bias: tuple[tuple[int, float], ...]
+    bias: tuple[tuple[int, float], ...] | Mapping[int, float]  # kept as pairs
 
     def __post_init__(self) -> None:
-        given: Any = self.bias
-        pairs = given.items() if isinstance(given, Mapping) else given
+        pairs = self.bias.items() if isinstance(self.bias, Mapping) else self.bias
         object.__setattr__(self, "bias", tuple((int(token), float(value)) for token, value in pairs))
-        for token, value in self.bias:
+        for token, value in dict(self.bias).items():
             if isnan(value) or value == float("inf"):
                 raise SamplerError(f"The bias of token {token} is {value}; give a finite number, or -inf to remove the token.")
 
@@ -247,15 +245,16 @@ class LogitBias(Link):
     def apply(self, logits: Tensor, history: Tensor | None = None, state: Own | None = None) -> Tensor:
         if self.off:
             return logits
-        ids = _ids_inside([token for token, _ in self.bias], logits, "A logit bias")
-        return logits.float().index_add(1, ids, logits.new_tensor([value for _, value in self.bias], dtype=torch.float32).expand(logits.shape[0], -1))
+        bias = dict(self.bias)
+        ids = _ids_inside(list(bias), logits, "A logit bias")
+        return logits.float().index_add(1, ids, logits.new_tensor(list(bias.values()), dtype=torch.float32).expand(logits.shape[0], -1))
 
 
 @part
 class Suppress(Link):
     """Remove given tokens: ``Suppress((0, 3))``. No tokens is off. Raises :class:`SamplerError` for an id outside the vocabulary."""
 
-    ids: tuple[int, ...]
+    ids: tuple[int, ...] | list[int]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", tuple(int(i) for i in self.ids))

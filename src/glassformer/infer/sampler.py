@@ -30,7 +30,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from glassformer.core.errors import SamplerError
+from glassformer.core.errors import GlassformerError, SamplerError
 from glassformer.core.spec import Spec, part
 
 from .state import Own, State, fresh_seed
@@ -48,6 +48,7 @@ class Link(Spec):
     """
 
     by_value: ClassVar[bool] = False
+    _error: ClassVar[type[GlassformerError]] = SamplerError
 
     @property
     def off(self) -> bool:
@@ -113,12 +114,12 @@ class Chain(Spec):
     Raises :class:`SamplerError` if a link follows the final one, and, when used, if there is no final one.
     """
 
+    _error: ClassVar[type[GlassformerError]] = SamplerError
+
     links: tuple[Link, ...]
 
     def __post_init__(self) -> None:
         for i, link in enumerate(self.links):
-            if not isinstance(link, Link):
-                raise SamplerError(f"A chain is made of links, but item {i} is {link!r}. Write for example TopK(40) | Draw(seed=0).")
             if isinstance(link, Final) and i + 1 < len(self.links):
                 raise SamplerError(
                     f"{link!r} picks the token, so nothing can follow it, but {self.links[i + 1]!r} does. Move {type(link).__name__} to the end."

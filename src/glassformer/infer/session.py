@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from glassformer.core.cache import Cache
 from glassformer.core.errors import CacheError, InputError, SamplerError
+from glassformer.core.fields import described
 from glassformer.core.mask import Causal, Mask
 from glassformer.core.modes import evaluating
 from glassformer.core.tap import Tap
@@ -75,6 +76,8 @@ class Session:
         self.sampler = sampler if isinstance(sampler, Chain) else Chain((sampler,))
         self.lengths = [len(p) for p in prompts]
         longest, device = max(self.lengths), _device(model)
+        if device.type == "meta":
+            raise InputError("This model stands on the meta device, where tensors have shapes but no numbers: build it without device='meta', or load one.")
         self._check_room(cache, longest, room)
         self.cache: Cache | None = cache if isinstance(cache, Cache) else None if cache is False else model.cache(batch=len(prompts), capacity=longest + room)
         self.state: State = self.sampler.state(len(prompts), seeds=seeds, seed=seed, device=device)
@@ -239,6 +242,8 @@ def position_limit(model: Any) -> int | None:
 
 
 def _check_readout(model: Any) -> None:
+    if not callable(model):
+        raise InputError(f"Generation needs a model, but {described(type(model))} was given: spec.build() makes one of a Spec, load(folder) reads one.")
     spec = getattr(getattr(model, "decoder", model), "spec", None)
     readout, mask = getattr(spec, "readout", None), getattr(spec, "mask", None)
     if readout is not None and not isinstance(readout, LanguageModel):

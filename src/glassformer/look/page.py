@@ -19,7 +19,6 @@ import html
 import json
 import os
 import re
-import secrets
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from glassformer.core.errors import InputError
+from glassformer.core.files import replace, trouble
 
 from .gather import HEAD_FIGURES, Bools, Floats, Inside, gather
 from .shown import shown
@@ -52,15 +52,11 @@ def write_page(path: str | os.PathLike[str], model: Any, tokenizer: Any, text: s
     content, target = page(model, tokenizer, text, title), Path(path)
     if not target.parent.is_dir():
         raise InputError(f"The page cannot be written to {str(target)!r}: the folder {str(target.parent)!r} does not exist; create it or choose another.")
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
-        partial.write_text(content, encoding="utf-8", newline="\n")
-        partial.replace(target)
+        replace(target, content)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(
-            f"The page cannot be written to {str(target)!r} ({error.strerror or error}): choose another file; what was there before is untouched."
-        ) from error
+        reason, todo = trouble(error)
+        raise InputError(f"The page cannot be written to {str(target)!r}: {reason}. {todo}; what was there before is untouched.") from error
     return target
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from glassformer.core.cache import Cache
-from glassformer.core.errors import SpecError
+from glassformer.core.errors import InputError, SpecError
+from glassformer.core.fields import typed
 from glassformer.core.flow import Ledger
 from glassformer.core.mask import Mask
 from glassformer.core.sites import SiteInfo
@@ -48,6 +49,7 @@ class EncoderDecoder(Spec):
                 f"and the decoder vocab_size={self.decoder.vocab_size}, d_model={self.decoder.d_model}: make them equal, or set shared=False."
             )
 
+    @typed(SpecError)
     def build(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None, seed: int | None = None) -> EncoderDecoderModel:
         """The model; arguments as in :meth:`Decoder.build`."""
         with torch.device("meta"):
@@ -83,7 +85,7 @@ class EncoderDecoderModel(Anatomy, nn.Module):
     def forward(
         self,
         source: Tensor,
-        target: Tensor,
+        target: Tensor | None = None,
         *,
         source_lengths: Sequence[int] | Tensor | None = None,
         lengths: Sequence[int] | Tensor | None = None,
@@ -94,7 +96,12 @@ class EncoderDecoderModel(Anatomy, nn.Module):
         aux: Ledger | None = None,
         path: str = "",
     ) -> Tensor:
-        """Logits [b t v] of ``target`` [b t] given ``source`` [b s]."""
+        """Logits [b t v] of ``target`` [b t] given ``source`` [b s]. Raises :class:`InputError` without a target."""
+        if target is None:
+            raise InputError(
+                f"An encoder-decoder reads a source and a target, but only the source was given: a target begins with the token {self.spec.start} "
+                "(spec.start); generate(model, source) writes one."
+            )
         memory = self.encode(source, source_lengths, tap=tap, aux=aux, path=path)
         return self.decode(target, memory, source_lengths=source_lengths, lengths=lengths, mask=mask, cache=cache, keep=keep, tap=tap, aux=aux, path=path)
 

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from glassformer.core import sites
 from glassformer.core.cache import NO_CACHE, Cache, Clock, Dense, Growing, Once, Ring, Slot
 from glassformer.core.errors import CacheError, InputError, SpecError
+from glassformer.core.fields import described, typed
 from glassformer.core.flow import Ledger, Pass
 from glassformer.core.mask import And, Causal, Everything, Mask, Padding, Window
-from glassformer.core.numerics import dtype_named
+from glassformer.core.numerics import device_named, dtype_named
 from glassformer.core.sites import Site, SiteInfo
 from glassformer.core.spec import Spec, part
 from glassformer.core.tap import Tap
@@ -63,6 +64,7 @@ class Transformer(Spec):
         if self.position.rotates:
             raise SpecError("Rotary turns queries and keys: give it to Attention(position=...), not to the model.")
 
+    @typed(SpecError)
     def build(
         self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None, seed: int | None = None, d_memory: int | None = None
     ) -> TransformerModel:
@@ -77,9 +79,9 @@ def finish(model: Any, fill: Callable[[int], None], device: str | torch.device |
     """Give a model built on the meta device its type, its memory and its first values (``fill(seed)``)."""
     if dtype is not None:
         model = model.to(dtype_named(dtype))
-    if device is not None and torch.device(device).type == "meta":
+    if device is not None and str(device) == "meta":
         return model
-    model = model.to_empty(device="cpu" if device is None else device)
+    model = model.to_empty(device=device_named("cpu" if device is None else device))
     fill(int(torch.randint(2**31, ())) if seed is None else seed)
     return model
 
@@ -180,6 +182,7 @@ class TransformerModel(Anatomy, nn.Module):
         ([b]). ``memory`` [b s d]: an encoder's output. ``tap``: who looks. ``aux``: a ledger for side losses.
         Raises :class:`InputError`, :class:`CacheError`, :class:`SiteError`.
         """
+        _check_kinds(tokens=tokens, inputs_embeds=inputs_embeds, positions=positions, lengths=lengths, types=types, mask=mask, cache=cache, tap=tap)
         if self.readout.pooled:
             kind = type(self.spec.readout).__name__
             if keep is not None:
@@ -298,6 +301,7 @@ class TransformerModel(Anatomy, nn.Module):
 
     # The cache
 
+    @typed(CacheError)
     def cache(self, batch: int = 1, capacity: int | None = 512, rewind: int = 0) -> Cache:
         """An empty cache for ``batch`` rows of up to ``capacity`` tokens (None: it grows, and gradients flow through it).
 
@@ -321,6 +325,26 @@ class TransformerModel(Anatomy, nn.Module):
         return list(_sites(self, path))
 
 
+KINDS: dict[str, type | tuple[type, ...]] = {"mask": Mask, "cache": Cache, "tap": Tap, "lengths": (list, tuple, Tensor)}  # all else are tensors
+
+
+def _check_kinds(**given: object) -> None:
+    """Raise :class:`InputError` for a text, a list or an array where a tensor is needed, a name where a tap is needed, and the like."""
+    for name, value in given.items():
+        kind = KINDS.get(name, Tensor)
+        if value is None or isinstance(value, kind):
+            continue
+        todo = "use torch.tensor(...)"
+        if name == "tap":
+            todo = f"tap = Record({value!r}), then model(tokens, tap=tap)"
+        elif isinstance(value, str):
+            todo = "generate(model, text, tokenizer=...) reads text, tokenizer.encode(text) gives its ids"
+        elif kind is not Tensor:
+            todo = {"mask": "Window(8), for example", "cache": "cache = model.cache(batch)", "lengths": "lengths=[5, 3], one per row"}[name]
+        needed = " or ".join(dict.fromkeys(map(described, kind))) if isinstance(kind, tuple) else described(kind)
+        raise InputError(f"{name} is {described(type(value))}, but {needed} is needed: {todo}.")
+
+
 def kept(h: Tensor, keep: int | Tensor | None) -> Tensor:
     """The positions that are read out: all, the last ``keep``, or one per row."""
     if keep is None:
@@ -329,6 +353,8 @@ def kept(h: Tensor, keep: int | Tensor | None) -> Tensor:
         if keep < 1:
             raise InputError(f"keep={keep} reads out nothing: give the number of last positions, at least 1, or None for all.")
         return h[:, -keep:]
+    if not isinstance(keep, Tensor):
+        raise InputError(f"keep is {described(type(keep))}, but it is a number of last positions, or a tensor with one position per row.")
     return h[torch.arange(h.shape[0], device=h.device), keep.to(h.device)][:, None]
 
 

@@ -27,7 +27,7 @@ from ..core.errors import TokenizerError
 from .alphabet import CHARACTER_OF_BYTE
 from .patterns import PATTERNS, has_long_run, in_parts
 from .ranks import Ranks, Unfit, ranks_of
-from .special import Cutter
+from .special import FOR_UNKNOWN, Cutter
 
 if TYPE_CHECKING:
     import tiktoken
@@ -186,7 +186,7 @@ class Table(Engine):
                 character = segment[first]
                 raise TokenizerError(
                     f"the character {character!r} (U+{ord(character):04X}) at position {at + first} of the text is none of the {self._known} "
-                    f"characters that this tokenizer knows: train it on text that has it, or with special=['<unk>'] for all unknown ones."
+                    f"characters that this tokenizer knows: {FOR_UNKNOWN}."
                 )
             ids[unknown] = self._unk
         return ids

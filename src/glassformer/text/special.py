@@ -13,6 +13,9 @@ from typing import Any
 ROLES = ("eos", "bos", "pad", "unk", "mask", "cls", "sep")
 """End and begin of a text, padding, an unknown piece, a masked one, and BERT's first and separating token."""
 
+FOR_UNKNOWN = "leave it out, or train a tokenizer that can read it: kinds bpe and bytes read every text, others what they do not know as a special token <unk>"
+"""What to do about a character or word that a tokenizer does not know."""
+
 # Which spelling means what where a file does not say so; the first one present wins.
 USUAL: dict[str, tuple[str, ...]] = {
     "eos": ("<eos>", "</s>", "<|eos|>", "<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "<｜end▁of▁sentence｜>", "[EOS]", "[SEP]"),

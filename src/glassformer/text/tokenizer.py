@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..core.errors import TokenizerError
+from ..core.files import replace
 from .alphabet import bytes_of, readable
-from .special import ROLES, roles_in_config, usual_roles
+from .special import FOR_UNKNOWN, ROLES, roles_in_config, usual_roles
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,6 +105,11 @@ class Tokenizer:
         """SHA-256 of the canonical JSON, in hex: equal for two tokenizers exactly if their files say the same."""
         canonical = json.dumps(json.loads(self._json), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
+
+    @cached_property
+    def vocabulary_hash(self) -> str:
+        """SHA-256 of the pieces and their ids alone, in hex: equal for two tokenizers whose ids mean the same."""
+        return hashlib.sha256(json.dumps(sorted(self._vocab.items()), ensure_ascii=False).encode("utf-8")).hexdigest()
 
     @property
     def library(self) -> tokenizers.Tokenizer:
@@ -214,8 +218,7 @@ class Tokenizer:
             for word, (start, _) in cut.pre_tokenize_str(text):
                 if word not in self._vocab:
                     return TokenizerError(
-                        f"the word {word!r} at position {start} of the text is none of the {len(self._vocab)} that this tokenizer knows: "
-                        f"train it on text that has it, or with special=['<unk>'] for all unknown ones."
+                        f"the word {word!r} at position {start} of the text is none of the {len(self._vocab)} that this tokenizer knows: {FOR_UNKNOWN}."
                     )
         return TokenizerError(f"the tokenizers library could not encode the text: {error}. Check the tokenizer's unk_token.")
 
@@ -312,11 +315,11 @@ class Tokenizer:
         folder = path.parent if alone else path
         target = path if alone else path / FILE
         folder.mkdir(parents=True, exist_ok=True)
-        _write(target, self._library.to_str(pretty=True))
+        replace(target, self._library.to_str(pretty=True))
         if self.given_roles or not alone:
             config = {"tokenizer_class": "PreTrainedTokenizerFast", **_config_in(folder)}
             config = {key: value for key, value in config.items() if key not in {f"{role}_token" for role in ROLES}}
-            _write(folder / CONFIG, json.dumps(config | {f"{role}_token": spelling for role, spelling in self.roles.items()}, indent=2, ensure_ascii=False))
+            replace(folder / CONFIG, json.dumps(config | {f"{role}_token": spelling for role, spelling in self.roles.items()}, indent=2, ensure_ascii=False))
         return target
 
     @classmethod
@@ -410,17 +413,3 @@ def _config_in(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):  # a help, not a must: without it the usual spellings decide
         return {}
     return config if isinstance(config, dict) else {}
-
-
-def _write(path: Path, text: str) -> None:
-    """Write beside the target and rename, so that whoever reads sees the old file or the new one, never half."""
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    try:
-        with beside.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise

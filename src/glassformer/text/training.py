@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ..core.errors import TokenizerError, did_you_mean
+from ..core.fields import typed
 from .alphabet import CHARACTER_OF_BYTE
 from .patterns import PATTERNS
 from .special import USUAL
@@ -42,13 +43,14 @@ KINDS = ("bpe", "wordpiece", "unigram", "bytes", "characters", "words")
 CHUNK = 1 << 20
 
 
+@typed(TokenizerError)
 def train(
     kind: str,
     files: str | Path | Iterable[str | Path] | None = None,
     *,
     texts: Iterable[str] | None = None,
     vocab_size: int | None = None,
-    special: Sequence[str] = (),
+    special: str | Sequence[str] = (),
     roles: Mapping[str, str] | None = None,
     pattern: str = "gpt2",
     lowercase: bool = False,

@@ -16,10 +16,8 @@ checks every hash. Nothing is pickled.
 from __future__ import annotations
 
 import base64
-import errno
 import hashlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -33,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from glassformer.core import files
 from glassformer.core.errors import CheckpointError, WeightsError
 
 FORMAT = 1
@@ -72,15 +71,15 @@ def save(run: Path, step: int, write_model: Callable[[Path], object], optimiser:
         draft.mkdir()
         write_model(draft)
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in optimiser.items()}, draft / OPTIMIZER)
-        files = {p.name: file_hash(p) for p in sorted(draft.iterdir())}
-        content = {"format": FORMAT, "step": step, "files": files, "state": state}
+        hashes = {p.name: file_hash(p) for p in sorted(draft.iterdir())}
+        content = {"format": FORMAT, "step": step, "files": hashes, "state": state}
         (draft / STATE).write_text(json.dumps(content | {"seal": _seal(content)}))
         for path in draft.iterdir():
-            flush(path)
-        flush(draft)
+            files.flush(path)
+        files.flush(draft)
         shutil.rmtree(target, ignore_errors=True)  # a damaged one of the same step
         draft.rename(target)
-        flush(parent)
+        files.flush(parent)
     except (OSError, SafetensorError, WeightsError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise _unwritable(target, error, bool(list_steps(run))) from error
@@ -90,32 +89,23 @@ def save(run: Path, step: int, write_model: Callable[[Path], object], optimiser:
 
 
 def _unwritable(target: Path, error: Exception, others: bool) -> CheckpointError:
-    error = error.__cause__ if isinstance(error, WeightsError) and isinstance(error.__cause__, OSError) else error
-    full = "No space left" in str(error) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
-    reason = "the disk is full" if full else str(getattr(error, "strerror", None) or error)
-    todo = "Free some space" if full else "Make the folder writable"
+    reason, todo = files.trouble(error.__cause__ if isinstance(error, WeightsError) and error.__cause__ else error)
     kept = " The checkpoints before it are untouched." if others else ""
-    return CheckpointError(f"The checkpoint {target} could not be written: {reason}.{kept} {todo}, then go on with --resume.")
+    return CheckpointError(f"The checkpoint {target} could not be written: {reason}.{kept} {_remedy(todo)}, then go on with --resume.")
 
 
-def flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _remedy(todo: str) -> str:
+    """A run cannot choose another folder once it has begun."""
+    return todo.replace("Choose a folder that you may write to", "Make the folder writable")
 
 
 def write_json(path: Path, content: Any) -> None:
     """Replace a JSON file at once. Raises :class:`CheckpointError` when it cannot be written."""
-    draft = path.with_name(f".{path.name}.draft")
     try:
-        draft.write_text(json.dumps(content, indent=1))
-        flush(draft)
-        draft.replace(path)
+        files.replace(path, json.dumps(content, indent=1))
     except OSError as error:
-        raise CheckpointError(f"{path} could not be written: {error.strerror or error}. Free some space, or choose a folder that you may write to.") from error
+        reason, todo = files.trouble(error)
+        raise CheckpointError(f"{path} could not be written: {reason}. {todo}.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -138,9 +128,7 @@ def publish(run: Path, write_model: Callable[[Path], object]) -> None:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
         write_model(draft)
-        for path in draft.iterdir():
-            flush(path)
-            path.replace(run / path.name)
+        files.take_places(draft, run, last="model.json")
         draft.rmdir()
     except (OSError, SafetensorError, WeightsError) as error:
         shutil.rmtree(draft, ignore_errors=True)
@@ -178,7 +166,7 @@ def read(folder: Path) -> Checkpoint:
     try:
         content = cast(dict[str, Any], json.loads(path.read_text()))
         seal = content.pop("seal")
-        files, step, made = content["files"], content["step"], content["format"]
+        hashes, step, made = content["files"], content["step"], content["format"]
     except FileNotFoundError:
         raise CheckpointError(f"The checkpoint {folder} is not whole: {STATE} is missing.") from None
     except (OSError, ValueError, KeyError, AttributeError) as error:
@@ -187,7 +175,7 @@ def read(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{path} has format {made}, but this version reads format {FORMAT}: go on with the version that wrote it.")
     if seal != _seal(content):
         raise CheckpointError(f"{path} was edited: its contents do not match its seal.")
-    for name, expected in files.items():
+    for name, expected in hashes.items():
         if not (folder / name).is_file():
             raise CheckpointError(f"The checkpoint {folder} is not whole: {name} is missing.")
         found = file_hash(folder / name)
@@ -287,7 +275,8 @@ def lock(run: Path) -> IO[str]:
         run.mkdir(parents=True, exist_ok=True)
         handle = (run / ".lock").open("w")
     except OSError as error:
-        raise CheckpointError(f"The run folder {run} cannot be written: {error.strerror or error}. Choose a folder that you may write to.") from error
+        reason, todo = files.trouble(error)
+        raise CheckpointError(f"The run folder {run} cannot be written: {reason}. {todo}.") from error
     try:
         import fcntl
 

@@ -28,15 +28,15 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import Any, TextIO, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from glassformer.core.errors import DataError
-
-if TYPE_CHECKING:
-    from glassformer.text import Tokenizer
+from glassformer.core.fields import typed
+from glassformer.core.files import trouble
+from glassformer.text import Tokenizer
 
 Ids = npt.NDArray[Any]
 FORMAT = 1
@@ -45,6 +45,10 @@ PIECE = 2**20  # characters of a piece; longer documents are cut at line ends
 TOGETHER = 2**22  # characters handed to the tokenizer at once, which may work on its pieces in parallel
 ENDINGS = (".txt", ".md", ".text", ".jsonl")
 OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+
+
+class OtherText(DataError):
+    """A folder holds the shards of another text or tokenizer than the one that is asked for."""
 
 
 class TokenData:
@@ -75,6 +79,7 @@ class TokenData:
     # Where it comes from
 
     @classmethod
+    @typed(DataError)
     def from_ids(cls, ids: Sequence[int] | Ids, tokenizer: Tokenizer | None = None, *, vocab_size: int | None = None) -> TokenData:
         """Token ids in memory. With a tokenizer that has an end-of-sequence token, documents end at it."""
         array = np.asarray(ids)
@@ -89,13 +94,14 @@ class TokenData:
         return cls([array], starts=starts, vocab_size=vocab_size, tokenizer=tokenizer, tokenizer_hash=None if tokenizer is None else tokenizer.hash)
 
     @classmethod
+    @typed(DataError)
     def from_text(cls, text: str | Sequence[str], tokenizer: Tokenizer) -> TokenData:
         """One text, or several documents, encoded in memory."""
         documents = [text] if isinstance(text, str) else list(text)
         rows: list[Ids] = []
         starts = list(_encode(documents, tokenizer, rows.append))
         if not starts:
-            raise DataError("The text is empty: there is nothing to learn from.")
+            raise DataError("The text is empty: give one with words in it.")
         return cls(
             [np.concatenate(rows)],
             starts=np.asarray(starts),
@@ -111,8 +117,6 @@ class TokenData:
 
         The size of every file is checked, its contents are not.
         """
-        from glassformer.text import Tokenizer
-
         folder = Path(folder)
         index = _read_index(folder)
         if tokenizer is not None and tokenizer.hash != index["tokenizer"]:
@@ -242,7 +246,7 @@ def prepare(
         index = _read_index(out)
         if index["tokenizer"] == tokenizer.hash and index["source"] == source:
             return TokenData.open(out, tokenizer)
-        raise DataError(f"{out} already holds shards of another text or tokenizer: delete it, or choose another folder.")
+        raise OtherText(f"{out} already holds shards of another text or tokenizer: choose another folder, or delete this one if nothing needs it.")
     draft = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         draft.mkdir(parents=True)
@@ -253,7 +257,8 @@ def prepare(
             out.rmdir()
         draft.rename(out)
     except OSError as error:
-        raise DataError(f"The shards could not be written to {out}: {error.strerror or error}. Free some space or choose another folder.") from error
+        reason, todo = trouble(error)
+        raise DataError(f"The shards could not be written to {out}: {reason}. {todo}.") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return TokenData.open(out, tokenizer)
@@ -334,7 +339,7 @@ def _write_shards(files: list[Path], tokenizer: Tokenizer, folder: Path, separat
     starts = list(_encode(counted(), tokenizer, write))
     flush()
     if not starts:
-        raise DataError(f"The text in {', '.join(map(str, files[:3]))} is empty: there is nothing to learn from.")
+        raise DataError(f"The text in {', '.join(map(str, files[:3]))} is empty: give one with words in it.")
     np.asarray(starts, np.uint64).tofile(folder / "documents.bin")
     return {
         "format": FORMAT,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from glassformer.core.errors import CheckpointError
+from glassformer.core.files import trouble
 
 from .evaluate import Evaluation
 
@@ -48,7 +49,7 @@ class Log:
             cut(path, after)
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be written: {error.strerror or error}. Choose a folder that you may write to.") from error
+            raise _unwritable(path, error) from error
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -94,7 +95,7 @@ class Log:
         try:
             self._file.write(text + "\n")
         except OSError as error:
-            raise _unwritable(error) from error
+            raise _unwritable(METRICS, error) from error
         now = time.monotonic()
         if now - self._flushed > FLUSH_SECONDS:
             self.flush()
@@ -106,7 +107,7 @@ class Log:
             try:
                 self._file.flush()
             except OSError as error:
-                raise _unwritable(error) from error
+                raise _unwritable(METRICS, error) from error
 
     def close(self) -> None:
         """Close the files; what cannot be written any more is left out."""
@@ -118,8 +119,9 @@ class Log:
         self._file = self._board = None
 
 
-def _unwritable(error: OSError) -> CheckpointError:
-    return CheckpointError(f"{METRICS} could not be written: {error.strerror or error}. Free some space, then go on with --resume.")
+def _unwritable(path: str | Path, error: OSError) -> CheckpointError:
+    reason, todo = trouble(error)
+    return CheckpointError(f"{path} could not be written: {reason}. {todo}, then go on with --resume.")
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

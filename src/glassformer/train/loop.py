@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from glassformer.core.errors import CheckpointError, DataError, GlassformerError, TrainingError
+from glassformer.core.fields import typed
 from glassformer.core.modes import evaluating
 from glassformer.core.numerics import seed_everything
 from glassformer.tasks import Loss, Task
@@ -106,6 +107,7 @@ class Trainer:
     work, :class:`NotFinite` when the loss or its gradient is no number.
     """
 
+    @typed(TrainingError)
     def __init__(
         self,
         model: nn.Module,

@@ -181,9 +181,9 @@ class Recipe(Spec):
         return (self.data,) if isinstance(self.data, str) else self.data
 
     def prepare(self, out: str | Path) -> TokenData:
-        """The text as token shards in ``out``; shards and a tokenizer that are already there are used again if the text is the same.
+        """The text as token shards in ``out``; shards and a tokenizer that are already there are used again if they are of the same choices.
 
-        If they were made for another choice of tokenizer they are made again, unless a run was begun with them: :class:`CheckpointError`.
+        If they were made of another text or tokenizer they are made again, unless a run was begun with them: :class:`CheckpointError`.
         """
         paths, out = [find_text(name) for name in self.texts], Path(out)
         wanted = json.loads(json.dumps(self.tokenizer.to_dict()))
@@ -199,7 +199,15 @@ class Recipe(Spec):
             tokenizer = LoadTokenizer(str(out)).make(list)
         else:
             tokenizer = self.tokenizer.make(lambda: text_data.read_texts(paths))
-        return text_data.prepare(paths, tokenizer, out, choice=wanted)
+        try:
+            return text_data.prepare(paths, tokenizer, out, choice=wanted)
+        except text_data.OtherText as error:
+            if (out.parent / RUN).exists():
+                raise CheckpointError(
+                    f"The run in {out.parent} was begun with another text than {', '.join(self.texts)}: go on with the text it has, or start in a new folder."
+                ) from error
+            shutil.rmtree(out)
+            return self.prepare(out)
 
 
 def find_text(name: str) -> Path:

@@ -21,7 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from glassformer.core import files
 from glassformer.core.errors import SpecError, WeightsError, did_you_mean
+from glassformer.core.fields import typed
 from glassformer.core.numerics import dtype_named
 from glassformer.core.spec import Spec
 from glassformer.models import EncoderDecoder, Transformer
@@ -41,6 +43,7 @@ class Loaded(NamedTuple):
     extra: dict[str, Any]
 
 
+@typed(WeightsError)
 def save(model: Any, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None, extra: dict[str, Any] | None = None) -> Path:
     """Write a model to ``folder`` (made if needed): all files are written under other names first, then take their places.
 
@@ -54,23 +57,27 @@ def save(model: Any, folder: str | os.PathLike[str], tokenizer: Tokenizer | None
         tensors = {name: x.detach().to("cpu").contiguous() for name, x in model.named_parameters()}
         save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
         about = {"format": FORMAT, "spec": model.spec.to_dict(), "extra": extra or {}}
+        if tokenizer is not None:
+            about["tokenizer"] = {"vocab_size": tokenizer.vocab_size, "vocabulary": tokenizer.vocabulary_hash}
         (staging / "model.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         if tokenizer is not None:
             if (path / TOKENIZER[1]).exists():  # what else it says stays
                 shutil.copyfile(path / TOKENIZER[1], staging / TOKENIZER[1])
             tokenizer.save(staging / TOKENIZER[0])
-        _take_places(staging, path)
+        written = files.take_places(staging, path, last="model.json")
+        for name in TOKENIZER:  # an old one that nothing replaces
+            if name not in written:
+                (path / name).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
-        raise WeightsError(
-            f"The model could not be written to {path}: {getattr(error, 'strerror', None) or error}. "
-            "Free some space or choose another folder; what was there before is untouched."
-        ) from error
+        reason, todo = files.trouble(error)
+        raise WeightsError(f"The model could not be written to {path}: {reason}. {todo}; what was there before is untouched.") from error
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
     return path
 
 
+@typed(WeightsError)
 def load(folder: str | os.PathLike[str], device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Loaded:
     """Open a folder written by :func:`save` (or a training run's folder). Raises :class:`WeightsError` saying what is missing or wrong."""
     path = find(Path(folder))
@@ -90,6 +97,7 @@ def load(folder: str | os.PathLike[str], device: str | torch.device | None = Non
         from glassformer.text import Tokenizer
 
         tokenizer = Tokenizer.load(path / "tokenizer.json")
+        _check_tokenizer(tokenizer, about.get("tokenizer"), path)
     return Loaded(model.eval(), tokenizer, about.get("extra", {}))
 
 
@@ -103,6 +111,15 @@ def find(path: Path) -> Path:
     if not path.exists():
         raise WeightsError(f"There is no folder {path}: give the folder that 'glassformer train' wrote.")
     raise WeightsError(f"{path} holds no glassformer model: model.json is missing. Give the folder that 'glassformer train' wrote.")
+
+
+def _check_tokenizer(found: Tokenizer, wanted: Any, path: Path) -> None:
+    """Raise :class:`WeightsError` if the model was saved with a tokenizer whose ids mean something else."""
+    if isinstance(wanted, dict) and found.vocabulary_hash != wanted.get("vocabulary"):
+        raise WeightsError(
+            f"{path / TOKENIZER[0]} is not the tokenizer that the model was saved with ({found.vocab_size} tokens there, {wanted.get('vocab_size')} in the "
+            "model's own, or others): its ids mean other pieces. Put the model's own back, or remove this one and work with ids."
+        )
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -149,17 +166,3 @@ def _fill(model: Any, file: Path, device: torch.device, dtype: torch.dtype | Non
 def _assign(model: Any, name: str, x: torch.Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(x, requires_grad=x.is_floating_point()))
-
-
-def _take_places(staging: Path, folder: Path) -> None:
-    """Move every written file to its place, the description last; an old tokenizer that nothing replaces goes."""
-    written = sorted(staging.iterdir(), key=lambda f: f.name == "model.json")
-    for file in written:
-        with open(file, "rb+") as f:
-            os.fsync(f.fileno())
-        os.chmod(file, 0o644)
-    for file in written:
-        os.replace(file, folder / file.name)
-    for name in TOKENIZER:
-        if name not in [f.name for f in written]:
-            (folder / name).unlink(missing_ok=True)
