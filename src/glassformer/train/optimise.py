@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from glassformer.core.errors import CheckpointError, SpecError
 from glassformer.core.spec import Spec, part
 
+from . import stacked
+
 Named = list[tuple[str, nn.Parameter]]
 
 
@@ -89,7 +91,7 @@ class Muon(Optimizer):
 
     ``NS`` is five Newton-Schulz steps towards ``U V^T`` of the argument's singular value decomposition. The
     factor ``0.2 sqrt(max(…))`` gives updates the size of AdamW's, so learning rates of the same order serve
-    both. Everything else (embeddings, read-out, routers of experts, norms, biases) is AdamW's.
+    both. Matrices of one shape are moved together (stacked.py). Everything else (embeddings, read-out, routers of experts, norms, biases) is AdamW's.
     """
 
     lr: float = 2e-3
@@ -112,7 +114,7 @@ class Muon(Optimizer):
         if not hidden:
             raise SpecError("Muon moves the matrices inside blocks, but this model has none that train: use AdamW().")
         taken = {n for n, _ in hidden}
-        made = torch.optim.Muon(
+        made = stacked.Muon(
             [p for _, p in hidden],
             lr=self.lr,
             weight_decay=self.weight_decay,
