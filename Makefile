@@ -21,9 +21,9 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-# Ordinary commands, shown as they run: what you see is what you would type. An earlier demo makes room for this one.
+# Ordinary commands, shown as they run: what you see is what you would type.
 demo: $(RUN) ## train on Shakespeare, print samples, write a page that looks inside (3 minutes)
-	@rm -rf demo
+	@if [ -e demo ]; then old="demo.$$(date +%Y%m%d-%H%M%S)"; mv demo "$$old" && echo "the earlier demo is in $$old now"; fi
 	$(BIN)/glassformer train shakespeare_char --out demo
 	$(BIN)/glassformer generate demo "ROMEO:" --seed 1
 	$(BIN)/glassformer generate demo "To be, or not to be" --seed 2
@@ -69,8 +69,8 @@ format: $(DEV) ## format the code and sort the imports
 bench: $(DEV) ## every benchmark, one after the other
 	@for file in benchmarks/*.py; do [ -e "$$file" ] || continue; echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
 
-clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) build dist demo runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+clean: ## remove the environment and everything that was built; demo and runs stay
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and by itself: its build (CPU or GPU) is chosen here and nothing later draws another one.

@@ -1,4 +1,4 @@
-"""How should torch's threads wait for each other: spinning (the default) or asleep (OMP_WAIT_POLICY=PASSIVE)?
+"""How should torch's threads wait for each other: spinning, asleep (OMP_WAIT_POLICY=PASSIVE), or spinning for a moment first?
 
 Small training steps on all cores, alone and beside as many busy processes as there are cores. Spinning threads keep the
 core from the very thread that they wait for. ``python benchmarks/waiting_threads.py``
@@ -7,6 +7,7 @@ core from the very thread that they wait for. ``python benchmarks/waiting_thread
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -38,9 +39,17 @@ def measure() -> float:
     return steps * BATCH * CONTEXT / (time.perf_counter() - begin)
 
 
-def in_process(policy: str) -> float:
+WAYS = {
+    "spinning": {"OMP_WAIT_POLICY": "ACTIVE"},
+    "asleep": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "10,000 spins, then asleep": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"},
+}
+ROUNDS = 5
+
+
+def in_process(way: dict[str, str]) -> float:
     """The same in a fresh process, where the policy is read."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))} | {"OMP_WAIT_POLICY": policy}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))} | way
     return float(subprocess.run([sys.executable, __file__, "measure"], env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
@@ -50,12 +59,15 @@ def main() -> None:
     for others in (0, cores):
         busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(others)]
         try:
-            active, passive = in_process("ACTIVE"), in_process("PASSIVE")
+            found = [{name: in_process(way) for name, way in WAYS.items()} for _ in range(ROUNDS)]
         finally:
             for process in busy:
                 process.kill()
                 process.wait()
-        print(f"beside {others} busy processes: spinning {active:8,.0f}   asleep {passive:8,.0f}   ({passive / active:.1f} x)")
+        print(f"beside {others} busy processes, median of {ROUNDS} (lowest to highest):")
+        for name in WAYS:
+            rates = sorted(round_[name] for round_ in found)
+            print(f"    {name:26} {statistics.median(rates):8,.0f}  ({rates[0]:,.0f} to {rates[-1]:,.0f})")
 
 
 if __name__ == "__main__":

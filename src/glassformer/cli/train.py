@@ -45,6 +45,7 @@ def train(
         trainer = chosen.trainer(folder, device=pick_device(device), resume=resume, progress=True)
     except (TrainingError, CheckpointError) as error:  # before the first step: not a failure of the run
         raise RecipeError(str(error)) from error
+    print(_described(trainer), file=sys.stderr)
     if resume:
         print(f"going on from step {trainer.number:,}", file=sys.stderr)
     python = Path(recipe) / PYTHON if Path(recipe).is_dir() else Path(recipe)
@@ -54,6 +55,14 @@ def train(
     _report(trainer, folder, chosen.sample)
     if trainer.stopped:
         raise typer.Exit(STOPPED.get(trainer.stopped, 1))
+
+
+def _described(trainer: Trainer) -> str:
+    """What is trained, where, and for how long, in one line."""
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    budget = " or ".join(x for x in (f"{trainer.steps:,} steps" if trainer.steps else "", f"{trainer.seconds:g} s" if trainer.seconds else "") if x)
+    tokens = f"{trainer.batch * trainer.accumulate} x {trainer.context} tokens a step"
+    return f"{parameters:,} parameters on {trainer.device} in {trainer.dtype}, {tokens}, for {budget}"
 
 
 def _with_options(recipe: Recipe, steps: int | None, seconds: float | None, data: list[str] | None) -> Recipe:

@@ -240,6 +240,11 @@ class Trainer:
         return (self.steps is not None and self.number >= self.steps) or (self.seconds is not None and self.elapsed >= self.seconds)
 
     @property
+    def dtype(self) -> str:
+        """The format of the products: ``"fp32"``, or ``"bf16"`` by autocast."""
+        return "fp32" if self._autocast is None else "bf16"
+
+    @property
     def folder(self) -> Path | None:
         """Where the run is kept."""
         return None if self._run is None else self._run.folder
@@ -463,7 +468,7 @@ class Trainer:
             "accumulate": self.accumulate,
             "documents": self.documents,
             "clip": self.clip,
-            "dtype": "fp32" if self._autocast is None else "bf16",
+            "dtype": self.dtype,
             "compile": self._compiler.wanted,
             "seed": self.seed,
         }
