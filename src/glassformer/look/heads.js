@@ -44,6 +44,13 @@ const thumbs = D.patterns.heads.map((n, l) => Array.from({ length: n }, (_, h) =
     for (let h = row.length; h < MOST; h++) grid.append(el("span"));
   });
 }
+// The head with the least entropy, of those that read more than themselves and the first token if there are such.
+function sharpest() {
+  const all = thumbs.flatMap((row, l) => row.map((_, h) => [l, h]));
+  const telling = all.filter(([l, h]) => figure(l, h, "itself") < 0.5 && figure(l, h, "first") < 0.5);
+  const by = ([l, h]) => figure(l, h, "entropy") ?? Infinity;
+  return (telling.length ? telling : all).reduce((best, at) => (best === null || by(at) < by(best) ? at : best), null);
+}
 function labelHeads() {
   $("figure-says").textContent = FIGURES[state.figure][1];
   thumbs.forEach((row, l) => row.forEach((button, h) => {

@@ -57,5 +57,6 @@ addEventListener("resize", redraw);
 
 labelHeads();
 recall();
+if (!state.head && matchMedia("(min-width: 1000px)").matches) state.head = sharpest(); // there is room beside the grid, and a reader sees what a click does
 layPanel();
 addEventListener("hashchange", () => { recall(); layPanel(); });

@@ -167,6 +167,7 @@ class Progress:
         self._every = REFRESH_SECONDS if terminal else LINE_SECONDS
         self._last = time.monotonic() - (self._every if terminal else self._every - 2.0)
         self._bar: Any = None
+        self._drawn: int | None = None
         if self.shown:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
@@ -188,8 +189,9 @@ class Progress:
 
     def draw(self, step: Step) -> None:
         """Show where the run is, now."""
-        if not self.shown:
+        if not self.shown or step.number == self._drawn:
             return
+        self._drawn = step.number
         done = share_done(step.number, step.elapsed, self._steps, self._seconds)
         head = f"step {step.number:,}" + (f"/{self._steps:,}" if self._steps else "")
         tail = f"loss {step.loss:.4f}  {step.tokens_per_second:,.0f} tokens/s"
