@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 import glassformer as gf
-from glassformer.train.data import read_texts
 from glassformer.train.recipe import find_text
+from glassformer.train.texts import read_texts
 
 
 def main() -> None:

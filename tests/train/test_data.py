@@ -10,7 +10,7 @@ import pytest
 from glassformer.core.errors import DataError
 from glassformer.text import Tokenizer, train
 from glassformer.train import TokenData, data as data_file, prepare
-from glassformer.train.data import list_files, read_texts
+from glassformer.train.texts import list_files, read_texts
 
 TEXT = "To be, or not to be:\nthat is the question.\n" * 40
 

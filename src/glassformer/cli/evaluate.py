@@ -22,9 +22,10 @@ def evaluate(
 ) -> None:
     """Loss, perplexity and bits per byte of a model on a text, with standard errors."""
     from ..tasks import NextToken
-    from ..train.data import TokenData, read_texts
+    from ..train.data import TokenData
     from ..train.evaluate import evaluate as measure
     from ..train.recipe import find_text
+    from ..train.texts import read_texts
     from .models import open_model, tokenizer_of
 
     loaded = open_model(model, device)

@@ -22,7 +22,8 @@ from typing import Any, ParamSpec, TypeVar
 
 from .errors import GlassformerError
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 LOOKED_AT = 64  # items of a list that are looked at: mistakes are in all of them, and lists may be long
 WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", type(None): "None", list: "a list", tuple: "a tuple"}

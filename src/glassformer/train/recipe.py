@@ -41,6 +41,7 @@ from .loop import Trainer
 from .optimise import AdamW, Optimizer
 from .run import FILE as RUN
 from .schedule import Cosine, Schedule
+from .texts import read_texts
 
 if TYPE_CHECKING:
     from ..text import Tokenizer
@@ -198,7 +199,7 @@ class Recipe(Spec):
         if (out / "tokenizer.json").exists():
             tokenizer = LoadTokenizer(str(out)).make(list)
         else:
-            tokenizer = self.tokenizer.make(lambda: text_data.read_texts(paths))
+            tokenizer = self.tokenizer.make(lambda: read_texts(paths))
         try:
             return text_data.prepare(paths, tokenizer, out, choice=wanted)
         except text_data.OtherText as error:
