@@ -1,8 +1,9 @@
 """Values of the wrong type are named, with what is wanted instead, before anything is computed from them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import InitVar, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
@@ -20,8 +21,11 @@ from glassformer.train.data import TokenData
     ("kind", "good", "bad"),
     [
         (int, [3, np.int64(3)], [3.0, True, "3", None]),
-        (float, [3, 3.5, np.float32(1)], [False, "3.5"]),
-        (bool, [True], [1, None]),
+        (float, [3, 3.5, np.float32(1), torch.tensor(0.5)], [False, "3.5"]),
+        (bool, [True, np.bool_(True)], [1, None]),
+        (Annotated[int, "x"], [3], ["3"]),
+        (tuple, [(), (1,)], [[1]]),
+        (list, [[1]], [(1,)]),
         (str | None, ["a", None], [3, b"a"]),
         (None, [None], [0]),
         (Literal["a", "b"], ["a"], ["c", None]),
@@ -88,7 +92,7 @@ DATA = TokenData.from_ids(list(range(11)) * 9)
         (lambda: BUILT(TOKENS, tap="embed"), "tap is a text, but a Tap is needed: tap = Record('embed'), then model(tokens, tap=tap)."),
         (lambda: BUILT(TOKENS, mask=8), "mask is a whole number, but a Mask is needed: Window(8), for example."),
         (lambda: BUILT(TOKENS, cache=True), "cache is True or False, but a Cache is needed: cache = model.cache(batch)."),
-        (lambda: BUILT(TOKENS, lengths=3), "lengths is a whole number, but a list or a tuple or a Tensor is needed: lengths=[5, 3], one per row."),
+        (lambda: BUILT(TOKENS, lengths=3), "lengths is a whole number, but a list is needed: lengths=[5, 3], one per row."),
         (lambda: BUILT(TOKENS, keep="last"), "keep is a text, but it is a number of last positions, or a tensor with one position per row."),
         (lambda: BUILT.cache(batch="1"), "cache(batch='1'): batch is a whole number, but a text was given."),
         (lambda: gf.Record(), "Record() keeps nothing: name what to keep, such as Record('blocks.*.attn.pattern'), or Record('**') for everything."),
@@ -103,8 +107,9 @@ DATA = TokenData.from_ids(list(range(11)) * 9)
         (lambda: gf.Trainer(BUILT, gf.NextToken(), DATA, steps=1, optimizer=gf.AdamW), "but the class AdamW itself was given: write AdamW(...)."),
         (lambda: gf.Trainer(BUILT, gf.NextToken(), DATA, steps="1"), "Trainer(steps='1'): steps is a whole number or None, but a text was given."),
         (lambda: gf.Trainer(MODEL, gf.NextToken(), DATA, steps=1), "model is a model, but its description was given: Decoder(...).build() makes one."),
-        (lambda: TokenData.from_text("abc", None), "from_text(tokenizer=None): tokenizer is a Tokenizer, but None was given."),
-        (lambda: TokenData.from_ids("abc"), "from_ids(ids='abc'): ids is a sequence of whole numbers or an array, but a text was given."),
+        (lambda: TokenData.from_text("abc", None), "A text is read by a tokenizer, but None was given: gf.text.train makes one, gf.load(folder) has one."),
+        (lambda: TokenData.from_ids("abc"), "Token ids are one row of whole numbers; an array of shape () and type <U3 was given."),
+        (lambda: gf.RMSNorm(1e-5, eps=1e-6), "RMSNorm was given eps twice: 1e-05 by its place and 1e-06 by its name."),
         (lambda: train("bpe", texts="abc"), "train(texts='abc'): texts is a sequence of texts or None, but a text was given."),
         (lambda: gf.load(3), "load(folder=3): folder is a text or a path, but a whole number was given."),
         (lambda: gf.preset("t5-small").build(device="meta")(TOKENS), "but only the source was given: a target begins with the token 0 (spec.start)"),
@@ -116,8 +121,42 @@ def test_a_value_of_the_wrong_type_is_a_sentence(make, said):
     assert said in str(caught.value)
 
 
+def test_parts_of_a_user_s_own_are_made_as_they_say():
+    @spec.part
+    class Strange(spec.Spec):
+        width: "the width in rooms"
+        other: "torch.nosuch"
+        hidden: int = field(default=3, init=False)
+        given: InitVar[int] = 5
+        last: float = 0.5
+
+        def __post_init__(self, given: int) -> None:
+            object.__setattr__(self, "hidden", given)
+
+    assert (Strange("a", None, 7).hidden, Strange("a", None, given=8, last=1).hidden) == (7, 8)
+    with pytest.raises(GlassformerError, match="Strange has no field 'lost'. Did you mean 'last'"):
+        Strange("a", None, lost=1)
+
+    @spec.part
+    class Own(spec.Spec):
+        size: int
+
+        def __init__(self, text: str):
+            object.__setattr__(self, "size", len(text))
+
+    assert Own("abc").size == 3
+
+
+def test_a_spec_made_inside_a_compiled_function_is_made():
+    made = torch.compile(lambda x: x * gf.RMSNorm(eps=2.0).eps, backend="eager", fullgraph=True)
+    assert made(torch.ones(2)).tolist() == [2.0, 2.0]
+
+
 def test_values_of_the_right_type_pass_as_they_are():
     assert gf.Attention(2, mask=Causal() & Window(3)).mask == Causal() & Window(3)
     assert gf.Attention(np.int64(2)).n_heads == 2 and gf.AdamW(1).lr == 1
+    assert Window(np.int64(3)).size == 3 and gf.LogitBias([(3, 1.0), (3, 1.0)]).apply(torch.zeros(1, 5))[0, 3] == 2.0
+    assert gf.Suppress({1}) == gf.Suppress(range(1, 2)) and len(TokenData.from_ids(torch.arange(3))) == 3
+    assert torch.equal(BUILT(TOKENS, lengths=np.array([3]), positions=torch.arange(3)), BUILT(TOKENS, lengths=[3]))
     assert gf.LogitBias({3: -1.0}) == gf.LogitBias(((3, -1.0),)) and gf.Suppress([1]) == gf.Suppress((1,))
     assert fields.fits(Path("x"), fields.hints(gf.load)["folder"])

@@ -27,7 +27,7 @@ def test_a_draft_takes_its_places_with_the_description_last(tmp_path, monkeypatc
     moved, rename = [], type(draft).replace
     monkeypatch.setattr(type(draft), "replace", lambda self, other: moved.append(self.name) or rename(self, other))
     assert files.take_places(draft, tmp_path, last="about.json") == ["b.bin", "c.bin", "about.json"] == moved
-    assert (tmp_path / "b.bin").read_text() == "b.bin" and not os.listdir(draft)
+    assert (tmp_path / "b.bin").read_text() == "b.bin" and os.listdir(draft) == [".old.b.bin"]
 
 
 @pytest.mark.parametrize(
@@ -36,9 +36,15 @@ def test_a_draft_takes_its_places_with_the_description_last(tmp_path, monkeypatc
         (OSError(errno.ENOSPC, "No space left on device"), ("the disk is full", "Free some space")),
         (RuntimeError("I/O error: No space left on device (os error 28)"), ("the disk is full", "Free some space")),
         (PermissionError(errno.EACCES, "Permission denied"), ("Permission denied", "Choose a folder that you may write to")),
-        (NotADirectoryError(errno.ENOTDIR, "Not a directory"), ("Not a directory", "Move the file that is where a folder is needed, or choose another place")),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory"), ("Not a directory", "Move what is in the way, or choose another place")),
         (OSError("strange"), ("strange", "Choose another place")),
     ],
 )
 def test_what_cannot_be_written_says_why_and_what_to_do(error, said):
     assert files.trouble(error) == said
+
+
+def test_a_run_cannot_move():
+    assert files.trouble(PermissionError(errno.EACCES, "Permission denied"), movable=False)[1] == "Make the folder writable"
+    assert files.trouble(NotADirectoryError(errno.ENOTDIR, "Not a directory"), movable=False)[1] == "Move what is in the way"
+    assert files.trouble(OSError(errno.EIO, "I/O error"), movable=False)[1] == "See that the folder is there and can be written"

@@ -122,7 +122,8 @@ def test_a_left_over_tokenizer_does_not_win_over_the_one_asked_for(tmp_path: Pat
     assert trainer.tokenizer.hash != first.tokenizer_hash
     trainer.run()
     with pytest.raises(
-        gf.CheckpointError, match=r"was begun with the tokenizer .*'words'.*, but .*'characters'.* is asked for: go on with the tokenizer it has"
+        gf.CheckpointError,
+        match=r"run was begun with another text or tokenizer than .*text\.txt and TrainTokenizer\(.*\): go on with what it has",
     ):
         recipe.trainer(tmp_path / "run", resume=True)
     assert words.trainer(tmp_path / "run", resume=True).finished
@@ -131,13 +132,20 @@ def test_a_left_over_tokenizer_does_not_win_over_the_one_asked_for(tmp_path: Pat
 def test_a_left_over_text_does_not_win_over_the_one_asked_for(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text(TEXT)
     (tmp_path / "two.txt").write_text(TEXT.upper())
+    (tmp_path / "none.txt").write_text("")
     one, two = (small().replace(data=str(tmp_path / name)) for name in ("one.txt", "two.txt"))
     first = one.prepare(tmp_path / "run/data")
+    (tmp_path / "run/data/notes.md").write_text("mine")
+    with pytest.raises(gf.DataError, match="already holds shards of another text or tokenizer: choose another folder"):
+        two.prepare(tmp_path / "run/data")
+    with pytest.raises(gf.GlassformerError, match="empty"):
+        two.replace(data=str(tmp_path / "none.txt")).trainer(tmp_path / "run")
+    assert (tmp_path / "run/data/notes.md").exists()  # nothing goes before what takes its place is there
     trainer = two.trainer(tmp_path / "run")  # no run was begun with that text: shards and tokenizer are made again
     assert trainer.tokenizer.hash != first.tokenizer_hash
     trainer.run()
     with pytest.raises(
-        gf.CheckpointError, match=r"The run in .*run was begun with another text than .*one\.txt: go on with the text it has, or start in a new"
+        gf.CheckpointError, match=r"The run in .*run was begun with another text or tokenizer than .*one\.txt and .*: go on with what it has, or start in a new"
     ):
         one.trainer(tmp_path / "run", resume=True)
     assert two.trainer(tmp_path / "run", resume=True).finished

@@ -171,13 +171,13 @@ def test_a_disk_that_is_full_for_the_log(tmp_path):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CheckpointError, match=r"The run folder .*file/run cannot be written: Not a directory. Move the file that is where a folder is needed"):
+    with pytest.raises(CheckpointError, match=r"The run folder .*file/run cannot be written: Not a directory. Move what is in the way"):
         small.trainer(folder=tmp_path / "file/run")
     (tmp_path / "run/checkpoints").parent.mkdir()
     (tmp_path / "run/checkpoints").write_text("in the way")
-    with pytest.raises(CheckpointError, match=r"step-00000000 could not be written: File exists. Move the file that is .*, then go on with --resume"):
+    with pytest.raises(CheckpointError, match=r"step-00000000 could not be written: File exists. Move what is in the way, then go on with --resume"):
         small.trainer(folder=tmp_path / "run").run()
-    with pytest.raises(CheckpointError, match=r"none/run.json could not be written: No such file or directory. Check the path"):
+    with pytest.raises(CheckpointError, match=r"none/run.json could not be written: No such file or directory. See that the folder is there"):
         checkpoint.write_json(tmp_path / "none/run.json", {})
 
 

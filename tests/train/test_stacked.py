@@ -6,7 +6,7 @@ import torch
 from glassformer.train import stacked
 
 SHAPES = [(7, 5), (5, 7), (6, 6), (16, 8), (7, 5), (8, 16), (3, 3)]
-SETTINGS = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "ns_steps": 5, "adjust_lr_fn": "match_rms_adamw"}
+SETTINGS = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "ns_steps": 5}
 
 
 def matrices() -> list[torch.nn.Parameter]:
@@ -19,7 +19,8 @@ def matrices() -> list[torch.nn.Parameter]:
 def test_it_moves_matrices_as_torch_s_muon_does(monkeypatch, nesterov, together):
     monkeypatch.setattr(stacked, "TOGETHER", together)
     ours, theirs = matrices(), matrices()
-    mine, reference = (kind(ps, nesterov=nesterov, **SETTINGS) for kind, ps in ((stacked.Muon, ours), (torch.optim.Muon, theirs)))
+    mine = stacked.Muon(ours, nesterov=nesterov, **SETTINGS)
+    reference = torch.optim.Muon(theirs, nesterov=nesterov, adjust_lr_fn="match_rms_adamw", **SETTINGS)
     random = torch.Generator().manual_seed(1)
     for step in range(4):
         for a, b in zip(ours, theirs, strict=True):
@@ -49,7 +50,8 @@ def test_newton_schulz_brings_singular_values_near_one_and_keeps_their_vectors()
 
 
 def test_stacks_hold_one_shape_lying_or_standing_and_so_many_numbers(monkeypatch):
-    shapes = [torch.Size(s) for s in SHAPES]
-    assert stacked._stacks(shapes) == [[0, 1, 4], [2], [3, 5], [6]]
+    assert stacked._stacks(matrices()) == [[0, 1, 4], [2], [3, 5], [6]]
     monkeypatch.setattr(stacked, "TOGETHER", 80)
-    assert stacked._stacks(shapes) == [[0, 1], [4], [2], [3], [5], [6]]
+    assert stacked._stacks(matrices()) == [[0, 1], [4], [2], [3], [5], [6]]
+    apart = [torch.zeros(2, 3), torch.zeros(2, 3, device="meta"), torch.zeros(2, 3, dtype=torch.bfloat16), torch.zeros(0, 3)]
+    assert stacked._stacks(apart) == [[0], [1], [2]]

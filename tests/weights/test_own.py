@@ -166,7 +166,10 @@ def test_a_newer_format(folder):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(WeightsError, match=r"The model could not be written to .*: File exists\. Move the file .*; what was there before is untouched\."):
+    with pytest.raises(
+        WeightsError,
+        match=r"The model could not be written to .*: File exists\. Move what is in the way, .*; what was there before is untouched",
+    ):
         own.save(built("llama"), tmp_path / "file")
 
 
@@ -189,8 +192,6 @@ def test_a_model_without_a_tokenizer_removes_an_old_one(folder):
 
 
 class _FullDisk:
-    vocab_size, vocabulary_hash = 3, "abc"
-
     def save(self, path: Path) -> None:
         path.write_text("{")
         raise OSError(28, "No space left on device")
@@ -223,3 +224,21 @@ def test_a_tokenizer_of_another_model_is_not_taken_for_its_own(tmp_path):
         own.load(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     assert own.load(tmp_path).tokenizer is None
+    more = train("characters", texts=["abcdefgh"])
+    more.save(tmp_path)
+    assert own.load(tmp_path).tokenizer == more, "pieces after the model's own are no harm"
+
+
+def test_a_rename_that_fails_half_way_leaves_the_old_model(folder, monkeypatch):
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    rename = Path.replace
+
+    def fails_at_last(self: Path, other: Path) -> Path:
+        if self.name == "model.json":
+            raise OSError(5, "Input/output error")
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "replace", fails_at_last)
+    with pytest.raises(WeightsError, match=r"Input/output error\. Choose another place; what was there before is untouched"):
+        own.save(fresh("gpt2"), folder, tokenizer=train("characters", texts=["abc"]))
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before

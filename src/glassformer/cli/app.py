@@ -42,8 +42,8 @@ app.add_typer(tokenizer.app, name="tokenizer")
 
 
 def _let_threads_sleep() -> None:
-    """How threads wait for each other, unless the user says it: after 10,000 spins asleep. As fast as spinning on a quiet machine, many
-    times faster on a busy one; asleep at once is slow where waking up is (docs/log.md). The count is GNU's, the policy is for the others.
+    """How threads wait for each other, unless the user says it: after 10,000 spins asleep. As fast as spinning on a quiet machine, and it does
+    not stall beside others as spinning does; asleep at once is slow where waking up is (docs/log.md). The count is GNU's, the policy is for others.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="10000")

@@ -43,7 +43,10 @@ def train(
     print(f"{Path(recipe).stem}: {', '.join(chosen.texts)} -> {folder}", file=sys.stderr)
     try:
         trainer = chosen.trainer(folder, device=pick_device(device), resume=resume, progress=True)
-    except (TrainingError, CheckpointError) as error:  # before the first step: not a failure of the run
+    except (TrainingError, CheckpointError) as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        # before the first step, and not the disk's doing: the command asks for what cannot be
         raise RecipeError(str(error)) from error
     print(_described(trainer), file=sys.stderr)
     if resume:

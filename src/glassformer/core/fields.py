@@ -17,6 +17,7 @@ import types
 import typing
 from collections import abc
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any, ParamSpec, TypeVar
 
@@ -34,12 +35,11 @@ def typed(error: type[GlassformerError]) -> Callable[[Callable[P, T]], Callable[
     """A decorator: arguments that do not fit their annotations raise ``error``, unknown and missing ones stay Python's own matter."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
-        signature = inspect.signature(function)
+        names = [n for n, p in inspect.signature(function).parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         owner = function.__qualname__.removesuffix(".__init__").split(".")[-1]
 
         @functools.wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-            names = [n for n, p in signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
             check(owner, {**dict(zip(names, args, strict=False)), **kwargs}, hints(function), error)
             return function(*args, **kwargs)
 
@@ -64,26 +64,37 @@ def hints(of: Any) -> dict[str, Any]:
 def _hints(of: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for owner in reversed(of.__mro__) if isinstance(of, type) else (of,):
-        names = dict(vars(sys.modules[owner.__module__])) if owner.__module__ in sys.modules else {}
+        module = sys.modules.get(owner.__module__)
+        names = {} if module is None else vars(module)
         for name, kind in getattr(owner, "__annotations__", {}).items() if owner is not object else ():
             written = kind.__forward_arg__ if isinstance(kind, typing.ForwardRef) else kind
-            try:
-                found[name] = eval(written, names) if isinstance(written, str) else written  # what typing.get_type_hints does, one by one
-            except (NameError, TypeError):
-                found.pop(name, None)
+            found.pop(name, None)
+            if isinstance(written, str) and "<locals>" in owner.__qualname__:
+                continue  # its names are a function's own, and may hide others
+            with suppress(Exception):  # named for type checkers only, or no type at all: words, axes
+                found[name] = eval(written, names, dict(vars(owner))) if isinstance(written, str) else written
     return found
 
 
 def fits(value: Any, kind: Any) -> bool:
     """Whether ``value`` is of the annotated type; annotations that say nothing testable fit everything."""
+    try:
+        return _fits(value, kind)
+    except Exception:  # a protocol that cannot be asked, an array that is no truth value: not for us to judge
+        return True
+
+
+def _fits(value: Any, kind: Any) -> bool:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return _fits(value, args[0])
     if kind is None:
         return value is None
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, k) for k in args)
     if origin is typing.Literal:
         return value in args
-    if origin is tuple:
+    if origin is tuple and args:
         if not isinstance(value, tuple):
             return False
         each = _each(args, len(value))
@@ -93,20 +104,19 @@ def fits(value: Any, kind: Any) -> bool:
     if isinstance(origin, type):
         if not isinstance(value, origin) or isinstance(value, str):  # a text is a sequence of texts, but was never meant as one
             return False
-        return not issubclass(origin, abc.Sequence) or all(fits(v, args[0]) for v in islice(typing.cast(abc.Sequence[Any], value), LOOKED_AT))
+        return not (args and issubclass(origin, abc.Sequence)) or all(fits(v, args[0]) for v in islice(typing.cast(abc.Sequence[Any], value), LOOKED_AT))
     if kind in (int, float):
-        return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
-    if not isinstance(kind, type):
-        return True
-    try:
-        return isinstance(value, kind)
-    except TypeError:  # a protocol that cannot be asked
-        return True
+        whole = numbers.Integral if kind is int else numbers.Real
+        alone = getattr(value, "ndim", None) == 0 and hasattr(value, "__index__" if kind is int else "__float__")  # an array or tensor of one number
+        return (isinstance(value, whole) or alone) and not isinstance(value, bool)
+    if kind is bool:
+        return type(value).__name__ in ("bool", "bool_")  # numpy's too
+    return not isinstance(kind, type) or isinstance(value, kind)
 
 
 def _each(args: tuple[Any, ...], n: int) -> Sequence[Any]:
     """The kinds of the ``n`` items of a ``tuple[X, Y]``, ``tuple[X, ...]`` or ``Sequence[X]``."""
-    return [args[0]] * n if len(args) == 1 or args[1] is Ellipsis else args
+    return [args[0]] * n if len(args) == 1 or args[-1] is Ellipsis else args
 
 
 def misfit(owner: str, name: str, value: Any, kind: Any) -> str:

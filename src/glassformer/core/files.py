@@ -13,18 +13,9 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 
-REMEDIES = {
-    errno.ENOSPC: "Free some space",
-    errno.EDQUOT: "Free some space",
-    errno.EACCES: "Choose a folder that you may write to",
-    errno.EPERM: "Choose a folder that you may write to",
-    errno.EROFS: "Choose a folder that you may write to",
-    errno.ENOTDIR: "Move the file that is where a folder is needed, or choose another place",
-    errno.EEXIST: "Move the file that is where a folder is needed, or choose another place",
-    errno.EISDIR: "Choose another name: it is the name of a folder",
-    errno.ENOENT: "Check the path",
-    errno.ENAMETOOLONG: "Choose a shorter name",
-}
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 
 def replace(path: Path, text: str) -> None:
@@ -33,8 +24,7 @@ def replace(path: Path, text: str) -> None:
     try:
         with draft.open("x", encoding="utf-8", newline="\n") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        flush(draft)
         draft.replace(path)
     except BaseException:
         draft.unlink(missing_ok=True)
@@ -44,14 +34,28 @@ def replace(path: Path, text: str) -> None:
 def take_places(draft: Path, folder: Path, last: str) -> list[str]:
     """Move every file of a finished draft to its place in ``folder``, the one named ``last`` at the end; gives their names.
 
-    All are flushed before the first is moved. Raises :class:`OSError`.
+    All are flushed before the first is moved. Raises :class:`OSError`; what was there before is then there again (but where a file cannot have two names).
     """
     written = sorted(draft.iterdir(), key=lambda file: file.name == last)
     for file in written:
         flush(file)
         file.chmod(0o644)  # drafts are made private
-    for file in written:
-        file.replace(folder / file.name)
+    moved: list[tuple[Path, Path, bool]] = []
+    try:
+        for file in written:
+            place, old = folder / file.name, draft / f".old.{file.name}"
+            new = not place.exists()
+            with suppress(OSError):  # a second name for what is there; some file systems have none
+                os.link(place, old)
+            file.replace(place)
+            moved.append((place, old, new))
+    except OSError:
+        for place, old, new in reversed(moved):
+            if old.exists():
+                old.replace(place)
+            elif new:
+                place.unlink()
+        raise
     with suppress(OSError):  # some file systems cannot; the files themselves are on the disk
         flush(folder)
     return [file.name for file in written]
@@ -66,9 +70,15 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def trouble(error: BaseException) -> tuple[str, str]:
-    """Why a file could not be written, and what to do: ``("the disk is full", "Free some space")``."""
+def trouble(error: BaseException, movable: bool = True) -> tuple[str, str]:
+    """Why a file could not be written, and what to do: ``("the disk is full", "Free some space")``. ``movable``: whether another place would do."""
     code = error.errno if isinstance(error, OSError) else None
-    if code == errno.ENOSPC or "No space left" in str(error):  # safetensors has no errno
-        return "the disk is full", REMEDIES[errno.ENOSPC]
-    return str(getattr(error, "strerror", None) or error), REMEDIES.get(code or 0, "Choose another place")
+    if code in FULL or "No space left" in str(error):  # safetensors has no errno
+        return "the disk is full", "Free some space"
+    if code in FORBIDDEN:
+        todo = "Choose a folder that you may write to" if movable else "Make the folder writable"
+    elif code in IN_THE_WAY:
+        todo = "Move what is in the way" + (", or choose another place" if movable else "")
+    else:
+        todo = "Choose another place" if movable else "See that the folder is there and can be written"
+    return str(getattr(error, "strerror", None) or error), todo

@@ -74,7 +74,7 @@ class Window(Mask):
     size: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.size, int):
+        if isinstance(self.size, bool) or not hasattr(self.size, "__index__"):
             raise MaskError(f"Window(size={self.size!r}): the size is a whole number of places.")
         if self.size < 1:
             raise MaskError(f"Window(size={self.size}) would hide everything; the size is at least 1.")

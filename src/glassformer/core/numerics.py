@@ -35,13 +35,17 @@ def devices() -> list[str]:
     return [kind for kind, present in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)) if present]
 
 
-def device_named(name: str | torch.device) -> torch.device:
+def device_named(name: str | int | torch.device) -> torch.device:
     """The device of that name (``"cpu"``, ``"cuda:1"``); raises :class:`SpecError` if this machine has none such."""
-    kind, _, number = str(name).partition(":")
     there = devices()
-    if kind not in there or (number and (not number.isdigit() or (kind == "cuda" and int(number) >= torch.cuda.device_count()))):
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    missing = device is None or (device.type in ("cuda", "mps") and device.type not in there)
+    if device is None or missing or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         raise SpecError(f"There is no device {str(name)!r} here. There is: {', '.join(there)}.")
-    return torch.device(name)
+    return device
 
 
 def seed_everything(seed: int) -> None:

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -39,8 +41,9 @@ def part(cls: type[T]) -> type[T]:
     The kind of a part is its abstract base class (``Norm``, ``Position``…), so that
     :func:`registered` can list all parts of a kind. Two parts of one name are an error.
     """
+    own = "__init__" in vars(cls)
     made: Any = dataclass(frozen=True, repr=False)(cls)
-    if made._checks_fields:
+    if made._checks_fields and not own:
         _check_fields_of(made)
     name = made.__name__
     old = _REGISTRY.get(name)
@@ -53,31 +56,36 @@ def part(cls: type[T]) -> type[T]:
 def _check_fields_of(cls: Any) -> None:
     """Let ``cls(...)`` refuse unknown names, missing ones and values of the wrong type before anything is computed from them."""
     make = cls.__init__
-    known = {f.name: f for f in dataclasses.fields(cls)}
+    known = {n: p for n, p in inspect.signature(make).parameters.items() if n != "self"}
+    needed = [n for n, p in known.items() if p.default is p.empty]
 
     @functools.wraps(make)
     def checked(self: Any, *args: Any, **given: Any) -> None:
-        name = cls.__name__
-        for key in given:
-            if key not in known:
-                raise SpecError(_no_field(name, key, known))
-        if len(args) > len(known):
-            raise SpecError(f"{name} has {len(known)} fields ({', '.join(known)}), but {len(args)} values were given.")
-        values = {**dict(zip(known, args, strict=False)), **given}
-        if missing := _missing(cls, values):
-            raise SpecError(f"{name} needs {', '.join(missing)}.")
-        fields.check(name, values, fields.hints(cls), cls._error)
+        if not _is_compiling():
+            name, first = cls.__name__, dict(zip(known, args, strict=False))
+            for key in given:
+                if key not in known:
+                    raise SpecError(_no_field(name, key, known))
+                if key in first:
+                    raise SpecError(f"{name} was given {key} twice: {first[key]!r} by its place and {given[key]!r} by its name.")
+            if len(args) > len(known):
+                raise SpecError(f"{name} has {len(known)} fields ({', '.join(known)}), but {len(args)} values were given.")
+            if missing := [n for n in needed if n not in first and n not in given]:
+                raise SpecError(f"{name} needs {', '.join(missing)}.")
+            fields.check(name, first | given, fields.hints(cls), cls._error)
         make(self, *args, **given)
 
     cls.__init__ = checked
 
 
+def _is_compiling() -> bool:
+    """Whether torch is tracing: then only what it can trace. Asked without importing torch."""
+    torch: Any = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
+
+
 def _no_field(owner: str, name: str, known: typing.Collection[str]) -> str:
     return f"{owner} has no field {name!r}.{did_you_mean(name, known)} It has: {', '.join(known) or 'none'}."
-
-
-def _missing(cls: Any, given: Mapping[str, Any]) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls) if f.name not in given and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
 
 
 _WHEN_ASKED: list[Callable[[], None]] = []
@@ -379,6 +387,9 @@ def _unplain_spec(data: Any, kind: type[S], where: str) -> S:
         if key not in known:
             raise SpecError(f"{where}: {_no_field(name, key, known)}")
         values[key] = _unplain(value, hints.get(key, Any), f"{where}.{key}")
-    if missing := _missing(cls, values):
-        raise SpecError(f"{where}: {name} needs {', '.join(missing)}.")
-    return typing.cast(S, cls(**values))
+    try:
+        return typing.cast(S, cls(**values))
+    except SpecError as error:
+        if str(error).startswith(f"{name} needs "):
+            raise SpecError(f"{where}: {error}") from None
+        raise

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, Unpack, overload
 
@@ -96,12 +96,12 @@ class Options(TypedDict, total=False):
     presence_penalty: float | None
     penalty_window: int | None
     logit_bias: Mapping[int, float] | None
-    suppress: tuple[int, ...] | list[int] | None  # ids that are never drawn
+    suppress: Iterable[int] | None  # ids that are never drawn
     do_sample: bool | None
     order: str
     seed: int | Sequence[int] | None  # one seed, or one per row
     stop: str | Sequence[str]  # texts that end a row
-    eos_id: int | Sequence[int] | None  # ids that end a row; default the tokenizer's; () for none
+    eos_id: int | Iterable[int] | None  # ids that end a row; default the tokenizer's; () for none
     cache: Cache | bool | None  # yours, or False for none (slow; for comparison)
     tap: Tap | None  # sees every call of the model; paths begin with step.{n}., step 0 is the prefill
     logprobs: int  # how many of the most probable tokens to report beside each
@@ -231,7 +231,7 @@ class _Run:
         sampler: Chain | Link | None = None,
         seed: int | Sequence[int] | None = None,
         stop: str | Sequence[str] = (),
-        eos_id: int | Sequence[int] | None = None,
+        eos_id: int | Iterable[int] | None = None,
         cache: Cache | bool | None = None,
         tap: Tap | None = None,
         logprobs: int = 0,
@@ -335,7 +335,7 @@ def _read_seed(seed: int | Sequence[int] | None, prompts: list[list[int]]) -> tu
     return [int(s) for s in seed], 0
 
 
-def _read_eos(eos_id: int | Sequence[int] | None, tokenizer: Any) -> frozenset[int]:
+def _read_eos(eos_id: int | Iterable[int] | None, tokenizer: Any) -> frozenset[int]:
     if eos_id is None:
         eos_id = getattr(tokenizer, "eos_id", None)
     return frozenset(() if eos_id is None else (eos_id,) if isinstance(eos_id, int) else eos_id)

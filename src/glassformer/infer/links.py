@@ -6,8 +6,9 @@ that switches a link off is accepted, so that settings can be passed through as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import isfinite, isnan, log
+from typing import cast
 
 import numpy as np
 import torch
@@ -229,32 +230,36 @@ class LogitBias(Link):
     Raises :class:`SamplerError` for an id outside the vocabulary, and for a bias of NaN or +inf.
     """
 
-    bias: tuple[tuple[int, float], ...] | Mapping[int, float]  # kept as pairs
+    bias: tuple[tuple[int, float], ...] | Mapping[int, float] | Iterable[tuple[int, float]]  # kept as pairs
 
     def __post_init__(self) -> None:
         pairs = self.bias.items() if isinstance(self.bias, Mapping) else self.bias
         object.__setattr__(self, "bias", tuple((int(token), float(value)) for token, value in pairs))
-        for token, value in dict(self.bias).items():
+        for token, value in self.pairs:
             if isnan(value) or value == float("inf"):
                 raise SamplerError(f"The bias of token {token} is {value}; give a finite number, or -inf to remove the token.")
 
     @property
+    def pairs(self) -> tuple[tuple[int, float], ...]:
+        """Tokens and what is added to each; a token that is named twice gets both."""
+        return cast(tuple[tuple[int, float], ...], self.bias)
+
+    @property
     def off(self) -> bool:
-        return not self.bias
+        return not self.pairs
 
     def apply(self, logits: Tensor, history: Tensor | None = None, state: Own | None = None) -> Tensor:
         if self.off:
             return logits
-        bias = dict(self.bias)
-        ids = _ids_inside(list(bias), logits, "A logit bias")
-        return logits.float().index_add(1, ids, logits.new_tensor(list(bias.values()), dtype=torch.float32).expand(logits.shape[0], -1))
+        ids = _ids_inside([token for token, _ in self.pairs], logits, "A logit bias")
+        return logits.float().index_add(1, ids, logits.new_tensor([value for _, value in self.pairs], dtype=torch.float32).expand(logits.shape[0], -1))
 
 
 @part
 class Suppress(Link):
     """Remove given tokens: ``Suppress((0, 3))``. No tokens is off. Raises :class:`SamplerError` for an id outside the vocabulary."""
 
-    ids: tuple[int, ...] | list[int]
+    ids: tuple[int, ...] | Iterable[int]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", tuple(int(i) for i in self.ids))

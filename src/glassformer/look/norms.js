@@ -57,6 +57,6 @@ addEventListener("resize", redraw);
 
 labelHeads();
 recall();
-if (!state.head && matchMedia("(min-width: 1000px)").matches) state.head = sharpest(); // there is room beside the grid, and a reader sees what a click does
+if (WIDE.matches && !new URLSearchParams(location.hash.slice(1)).has("head")) state.head = sharpest(); // there is room beside the grid, and a reader sees what a click does
 layPanel();
 addEventListener("hashchange", () => { recall(); layPanel(); });

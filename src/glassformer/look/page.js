@@ -144,9 +144,11 @@ function pin(t) {
 }
 
 // The address keeps what is open.
+const WIDE = matchMedia("(min-width: 1000px)");
 function keep() {
   const parts = [];
   if (state.head) parts.push(`head=${state.head.join(".")}`);
+  else if (WIDE.matches) parts.push("head=none"); // closed, where one is open at first
   if (state.pin !== T - 1) parts.push(`token=${state.pin}`);
   if (state.by !== "row") parts.push(`by=${state.by}`);
   if (document.documentElement.dataset.theme) parts.push(`theme=${document.documentElement.dataset.theme}`);

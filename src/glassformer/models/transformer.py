@@ -325,14 +325,16 @@ class TransformerModel(Anatomy, nn.Module):
         return list(_sites(self, path))
 
 
-KINDS: dict[str, type | tuple[type, ...]] = {"mask": Mask, "cache": Cache, "tap": Tap, "lengths": (list, tuple, Tensor)}  # all else are tensors
+KINDS: dict[str, type] = {"mask": Mask, "cache": Cache, "tap": Tap}  # all else are tensors
 
 
 def _check_kinds(**given: object) -> None:
     """Raise :class:`InputError` for a text, a list or an array where a tensor is needed, a name where a tap is needed, and the like."""
     for name, value in given.items():
         kind = KINDS.get(name, Tensor)
-        if value is None or isinstance(value, kind):
+        if value is None or isinstance(value, kind) or (name in ("lengths", "positions") and hasattr(value, "__array__")):
+            continue
+        if name == "lengths" and isinstance(value, Sequence) and not isinstance(value, str):
             continue
         todo = "use torch.tensor(...)"
         if name == "tap":
@@ -340,9 +342,10 @@ def _check_kinds(**given: object) -> None:
         elif isinstance(value, str):
             todo = "generate(model, text, tokenizer=...) reads text, tokenizer.encode(text) gives its ids"
         elif kind is not Tensor:
-            todo = {"mask": "Window(8), for example", "cache": "cache = model.cache(batch)", "lengths": "lengths=[5, 3], one per row"}[name]
-        needed = " or ".join(dict.fromkeys(map(described, kind))) if isinstance(kind, tuple) else described(kind)
-        raise InputError(f"{name} is {described(type(value))}, but {needed} is needed: {todo}.")
+            todo = {"mask": "Window(8), for example", "cache": "cache = model.cache(batch)"}[name]
+        elif name == "lengths":
+            todo = "lengths=[5, 3], one per row"
+        raise InputError(f"{name} is {described(type(value))}, but {'a list' if name == 'lengths' else described(kind)} is needed: {todo}.")
 
 
 def kept(h: Tensor, keep: int | Tensor | None) -> Tensor:

@@ -106,10 +106,10 @@ class Tokenizer:
         canonical = json.dumps(json.loads(self._json), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
 
-    @cached_property
-    def vocabulary_hash(self) -> str:
-        """SHA-256 of the pieces and their ids alone, in hex: equal for two tokenizers whose ids mean the same."""
-        return hashlib.sha256(json.dumps(sorted(self._vocab.items()), ensure_ascii=False).encode("utf-8")).hexdigest()
+    def vocabulary_hash(self, size: int | None = None) -> str:
+        """SHA-256 of the pieces and their ids alone (of the ids below ``size``), in hex: equal for two tokenizers whose ids mean the same."""
+        pieces = sorted((id, piece) for piece, id in self._vocab.items() if size is None or id < size)
+        return hashlib.sha256(json.dumps(pieces, ensure_ascii=False).encode("utf-8")).hexdigest()
 
     @property
     def library(self) -> tokenizers.Tokenizer:

@@ -25,7 +25,7 @@ import gzip
 import lzma
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ def train(
     *,
     texts: Iterable[str] | None = None,
     vocab_size: int | None = None,
-    special: str | Sequence[str] = (),
+    special: str | Iterable[str] = (),
     roles: Mapping[str, str] | None = None,
     pattern: str = "gpt2",
     lowercase: bool = False,

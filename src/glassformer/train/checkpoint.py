@@ -89,14 +89,9 @@ def save(run: Path, step: int, write_model: Callable[[Path], object], optimiser:
 
 
 def _unwritable(target: Path, error: Exception, others: bool) -> CheckpointError:
-    reason, todo = files.trouble(error.__cause__ if isinstance(error, WeightsError) and error.__cause__ else error)
+    reason, todo = files.trouble(error.__cause__ if isinstance(error, WeightsError) and error.__cause__ else error, movable=False)
     kept = " The checkpoints before it are untouched." if others else ""
-    return CheckpointError(f"The checkpoint {target} could not be written: {reason}.{kept} {_remedy(todo)}, then go on with --resume.")
-
-
-def _remedy(todo: str) -> str:
-    """A run cannot choose another folder once it has begun."""
-    return todo.replace("Choose a folder that you may write to", "Make the folder writable")
+    return CheckpointError(f"The checkpoint {target} could not be written: {reason}.{kept} {todo}, then go on with --resume.")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -104,7 +99,7 @@ def write_json(path: Path, content: Any) -> None:
     try:
         files.replace(path, json.dumps(content, indent=1))
     except OSError as error:
-        reason, todo = files.trouble(error)
+        reason, todo = files.trouble(error, movable=False)
         raise CheckpointError(f"{path} could not be written: {reason}. {todo}.") from error
 
 
@@ -129,7 +124,7 @@ def publish(run: Path, write_model: Callable[[Path], object]) -> None:
         draft.mkdir()
         write_model(draft)
         files.take_places(draft, run, last="model.json")
-        draft.rmdir()
+        shutil.rmtree(draft, ignore_errors=True)
     except (OSError, SafetensorError, WeightsError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise _unwritable(run, error, True) from error

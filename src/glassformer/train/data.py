@@ -22,17 +22,19 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from glassformer.core.errors import DataError
-from glassformer.core.fields import typed
+from glassformer.core.fields import described, typed
 from glassformer.core.files import trouble
-from glassformer.text import Tokenizer
 
 from .texts import documents, list_files
+
+if TYPE_CHECKING:
+    from glassformer.text import Tokenizer
 
 Ids = npt.NDArray[Any]
 FORMAT = 1
@@ -73,7 +75,6 @@ class TokenData:
     # Where it comes from
 
     @classmethod
-    @typed(DataError)
     def from_ids(cls, ids: Sequence[int] | Ids, tokenizer: Tokenizer | None = None, *, vocab_size: int | None = None) -> TokenData:
         """Token ids in memory. With a tokenizer that has an end-of-sequence token, documents end at it."""
         array = np.asarray(ids)
@@ -91,6 +92,8 @@ class TokenData:
     @typed(DataError)
     def from_text(cls, text: str | Sequence[str], tokenizer: Tokenizer) -> TokenData:
         """One text, or several documents, encoded in memory."""
+        if not hasattr(tokenizer, "encode_to_array"):
+            raise DataError(f"A text is read by a tokenizer, but {described(type(tokenizer))} was given: gf.text.train makes one, gf.load(folder) has one.")
         documents = [text] if isinstance(text, str) else list(text)
         rows: list[Ids] = []
         starts = list(_encode(documents, tokenizer, rows.append))
@@ -111,6 +114,8 @@ class TokenData:
 
         The size of every file is checked, its contents are not.
         """
+        from glassformer.text import Tokenizer
+
         folder = Path(folder)
         index = _read_index(folder)
         if tokenizer is not None and tokenizer.hash != index["tokenizer"]:

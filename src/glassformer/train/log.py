@@ -120,7 +120,7 @@ class Log:
 
 
 def _unwritable(path: str | Path, error: OSError) -> CheckpointError:
-    reason, todo = trouble(error)
+    reason, todo = trouble(error, movable=False)
     return CheckpointError(f"{path} could not be written: {reason}. {todo}, then go on with --resume.")
 
 

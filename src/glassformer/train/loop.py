@@ -18,6 +18,7 @@ and threads); with a budget of seconds it goes on, but the learning rate follows
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ class Trainer:
         dtype: str = "auto",
         compile: bool | str = "auto",
         seed: int = 0,
-        folder: str | Path | None = None,
+        folder: str | os.PathLike[str] | None = None,
         resume: bool = False,
         validation: TokenData | Iterable[Any] | None = None,
         evaluate_every: int | None = None,

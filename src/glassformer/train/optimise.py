@@ -121,7 +121,6 @@ class Muon(Optimizer):
             momentum=self.momentum,
             nesterov=self.nesterov,
             ns_steps=self.iterations,
-            adjust_lr_fn="match_rms_adamw",
         )
         rest: Named = [(n, p) for n, p, _ in parameters if n not in taken]
         return Optimisers([Ruled(made, hidden, self.lr), *([self.rest.over(rest, model)] if rest else [])])

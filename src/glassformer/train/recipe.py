@@ -36,7 +36,7 @@ from ..infer import generate
 from ..models import Decoder
 from ..tasks import NextToken, Task
 from . import data as text_data
-from .data import TokenData
+from .data import OtherText, TokenData
 from .loop import Trainer
 from .optimise import AdamW, Optimizer
 from .run import FILE as RUN
@@ -135,7 +135,7 @@ class Recipe(Spec):
         """Prepare the text and build the model; the run is kept in ``folder``. Raises what these steps raise."""
         folder = Path(folder)
         _check_folder(folder, resume)
-        data = self.prepare(folder / SHARDS)
+        data = self._prepare_in(folder)
         train, validation = data.split(self.validation) if self.validation else (data, None)
         assert data.tokenizer is not None  # prepare gave it one
         tokenizer = data.tokenizer
@@ -184,31 +184,35 @@ class Recipe(Spec):
     def prepare(self, out: str | Path) -> TokenData:
         """The text as token shards in ``out``; shards and a tokenizer that are already there are used again if they are of the same choices.
 
-        If they were made of another text or tokenizer they are made again, unless a run was begun with them: :class:`CheckpointError`.
+        Raises :class:`OtherText` if ``out`` holds those of another text or tokenizer, which stay as they are.
         """
         paths, out = [find_text(name) for name in self.texts], Path(out)
         wanted = json.loads(json.dumps(self.tokenizer.to_dict()))
         made_for = text_data.made_for(out)
         if made_for is not None and made_for != wanted:
-            if (out.parent / RUN).exists():
-                raise CheckpointError(
-                    f"The run in {out.parent} was begun with the tokenizer {made_for}, but {wanted} is asked for: "
-                    "go on with the tokenizer it has, or start in a new folder."
-                )
-            shutil.rmtree(out)
+            raise OtherText(f"{out} already holds shards of the tokenizer {made_for}, but {wanted} is asked for: choose another folder.")
         if (out / "tokenizer.json").exists():
             tokenizer = LoadTokenizer(str(out)).make(list)
         else:
             tokenizer = self.tokenizer.make(lambda: read_texts(paths))
+        return text_data.prepare(paths, tokenizer, out, choice=wanted)
+
+    def _prepare_in(self, run: Path) -> TokenData:
+        """The shards of a run. Those of another choice make room, once the new ones are there, unless a run was begun with them: :class:`CheckpointError`."""
+        shards, fresh = run / SHARDS, run / f".{SHARDS}.new"
         try:
-            return text_data.prepare(paths, tokenizer, out, choice=wanted)
-        except text_data.OtherText as error:
-            if (out.parent / RUN).exists():
+            return self.prepare(shards)
+        except OtherText as error:
+            if (run / RUN).exists():
                 raise CheckpointError(
-                    f"The run in {out.parent} was begun with another text than {', '.join(self.texts)}: go on with the text it has, or start in a new folder."
+                    f"The run in {run} was begun with another text or tokenizer than {', '.join(self.texts)} and {self.tokenizer!r}: "
+                    "go on with what it has, or start in a new folder."
                 ) from error
-            shutil.rmtree(out)
-            return self.prepare(out)
+        shutil.rmtree(fresh, ignore_errors=True)
+        self.prepare(fresh)
+        shutil.rmtree(shards)
+        fresh.rename(shards)
+        return TokenData.open(shards)
 
 
 def find_text(name: str) -> Path:

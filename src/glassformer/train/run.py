@@ -9,6 +9,7 @@ run/
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ class Run:
     ``resume`` is False, or holds none and it is True, or if every checkpoint is damaged.
     """
 
-    def __init__(self, folder: str | Path, resume: bool = False, keep: int = 2):
+    def __init__(self, folder: str | os.PathLike[str], resume: bool = False, keep: int = 2):
         self.folder, self.keep = Path(folder), keep
         self.notes: list[str] = []
         self.found: Checkpoint | None = None

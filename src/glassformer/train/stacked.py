@@ -10,7 +10,6 @@ settings and the state; the bits differ where a product of a stack is summed in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,10 +21,12 @@ TOGETHER = 2**24  # numbers in a stack: larger matrices keep all cores busy alon
 class Muon(torch.optim.Muon):
     """:class:`torch.optim.Muon` with ``adjust_lr_fn="match_rms_adamw"``, many matrices at a time."""
 
+    def __init__(self, params: Any, **settings: Any):
+        super().__init__(params, adjust_lr_fn="match_rms_adamw", **settings)
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Move every matrix that has a gradient."""
-        assert closure is None
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
@@ -38,10 +39,11 @@ class Muon(torch.optim.Muon):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(g)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        wanted = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        for places in _stacks([p.shape for p in params]):
-            stack = torch.stack([_wide(wanted[i]).bfloat16() for i in places])
+        for places in _stacks(params):
+            old = [buffers[i] for i in places]
+            wanted = torch._foreach_lerp([grads[i] for i in places], old, group["momentum"]) if group["nesterov"] else old
+            stack = torch.stack([_wide(x).bfloat16() for x in wanted])
             made = orthogonal(stack, group["ns_coefficients"], group["ns_steps"], group["eps"]).to(params[places[0]].dtype)
             for i, update in zip(places, made, strict=True):
                 size = 0.2 * math.sqrt(max(params[i].shape))  # of AdamW's updates, by arXiv 2502.16982
@@ -68,13 +70,14 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.shape[0] <= x.shape[1] else x.mT
 
 
-def _stacks(shapes: list[torch.Size]) -> list[list[int]]:
-    """Which matrices go together: of one shape but for lying or standing, ``TOGETHER`` numbers at most."""
-    by_shape: dict[tuple[int, ...], list[int]] = {}
-    for i, shape in enumerate(shapes):
-        by_shape.setdefault(tuple(sorted(shape)), []).append(i)
+def _stacks(matrices: list[Tensor]) -> list[list[int]]:
+    """Which matrices go together: on one device, of one type and of one shape but for lying or standing, ``TOGETHER`` numbers at most."""
+    alike: dict[Any, list[int]] = {}
+    for i, x in enumerate(matrices):
+        if x.numel():
+            alike.setdefault((x.device, x.dtype, *sorted(x.shape)), []).append(i)
     stacks = []
-    for (rows, columns), places in by_shape.items():
-        n = max(1, TOGETHER // (rows * columns))
+    for places in alike.values():
+        n = max(1, TOGETHER // matrices[places[0]].numel())
         stacks += [places[i : i + n] for i in range(0, len(places), n)]
     return stacks

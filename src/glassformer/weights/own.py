@@ -57,8 +57,8 @@ def save(model: Any, folder: str | os.PathLike[str], tokenizer: Tokenizer | None
         tensors = {name: x.detach().to("cpu").contiguous() for name, x in model.named_parameters()}
         save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
         about = {"format": FORMAT, "spec": model.spec.to_dict(), "extra": extra or {}}
-        if tokenizer is not None:
-            about["tokenizer"] = {"vocab_size": tokenizer.vocab_size, "vocabulary": tokenizer.vocabulary_hash}
+        if tokenizer is not None and hasattr(tokenizer, "vocabulary_hash"):
+            about["tokenizer"] = {"vocab_size": tokenizer.vocab_size, "vocabulary": tokenizer.vocabulary_hash()}
         (staging / "model.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         if tokenizer is not None:
             if (path / TOKENIZER[1]).exists():  # what else it says stays
@@ -114,8 +114,8 @@ def find(path: Path) -> Path:
 
 
 def _check_tokenizer(found: Tokenizer, wanted: Any, path: Path) -> None:
-    """Raise :class:`WeightsError` if the model was saved with a tokenizer whose ids mean something else."""
-    if isinstance(wanted, dict) and found.vocabulary_hash != wanted.get("vocabulary"):
+    """Raise :class:`WeightsError` if the model was saved with a tokenizer whose ids mean something else; more pieces than it had are no harm."""
+    if isinstance(wanted, dict) and found.vocabulary_hash(wanted.get("vocab_size")) != wanted.get("vocabulary"):
         raise WeightsError(
             f"{path / TOKENIZER[0]} is not the tokenizer that the model was saved with ({found.vocab_size} tokens there, {wanted.get('vocab_size')} in the "
             "model's own, or others): its ids mean other pieces. Put the model's own back, or remove this one and work with ids."
