@@ -65,6 +65,8 @@ def test_a_typed_function_keeps_its_name_and_checks_what_it_is_given():
 MODEL = gf.Decoder(11, 8, (gf.Block(gf.Attention(2), gf.Plain(16)),))
 BUILT = MODEL.build(seed=0)
 TOKENS = torch.zeros(1, 3, dtype=torch.long)
+OTHER = train("characters", texts=["abc"])
+TEXT = TokenData.from_text("abc" * 99, train("bytes"))
 DATA = TokenData.from_ids(list(range(11)) * 9)
 
 
@@ -89,7 +91,10 @@ DATA = TokenData.from_ids(list(range(11)) * 9)
         (lambda: MODEL.build(seed="a"), "build(seed='a'): seed is a whole number or None, but a text was given."),
         (lambda: BUILT([[1, 2]]), "tokens is a list, but a Tensor is needed: use torch.tensor(...)."),
         (lambda: BUILT("hello"), "tokens is a text, but a Tensor is needed: generate(model, text, tokenizer=...) reads text,"),
-        (lambda: BUILT(TOKENS, tap="embed"), "tap is a text, but a Tap is needed: tap = Record('embed'), then model(tokens, tap=tap)."),
+        (
+            lambda: BUILT(TOKENS, tap="embed"),
+            "tap is a text, but a Tap is needed: tap = Record('embed'), then model(tokens, tap=tap); several are joined by |.",
+        ),
         (lambda: BUILT(TOKENS, mask=8), "mask is a whole number, but a Mask is needed: Window(8), for example."),
         (lambda: BUILT(TOKENS, cache=True), "cache is True or False, but a Cache is needed: cache = model.cache(batch)."),
         (lambda: BUILT(TOKENS, lengths=3), "lengths is a whole number, but a list is needed: lengths=[5, 3], one per row."),
@@ -109,6 +114,40 @@ DATA = TokenData.from_ids(list(range(11)) * 9)
         (lambda: gf.Trainer(MODEL, gf.NextToken(), DATA, steps=1), "model is a model, but its description was given: Decoder(...).build() makes one."),
         (lambda: TokenData.from_text("abc", None), "A text is read by a tokenizer, but None was given: gf.text.train makes one, gf.load(folder) has one."),
         (lambda: TokenData.from_ids("abc"), "Token ids are one row of whole numbers; an array of shape () and type <U3 was given."),
+        (lambda: gf.LayerNorm(eps=-1), "LayerNorm(eps=-1): eps stands under a square root and is 0 or more."),
+        (lambda: gf.Rotary(base=0), "Rotary(base=0): the base lies above 0"),
+        (lambda: gf.Learned(0), "Learned(max_positions=0, offset=0): there is at least one position"),
+        (lambda: gf.Attention(0), "Attention has n_heads=0 and n_kv_heads=0: there is at least one of each."),
+        (lambda: BUILT.cache(batch=0), "A cache has rows and room for tokens: batch=0, capacity=512 and rewind=0 were given."),
+        (lambda: BUILT.flops_per_token(0), "context is a number of tokens, 1 or more; 0 was given."),
+        (lambda: BUILT(TOKENS, positions=torch.arange(2)), "positions have shape (2,), but the tokens have 3 places: one position for each, [t] or [b t]."),
+        (lambda: BUILT(TOKENS, tap=gf.Edit("logits", lambda x: 3)), "The edit at 'logits' returned a whole number, but the value is a tensor"),
+        (lambda: gf.Record("logits") | 3, "a | b joins two taps, but a whole number was given."),
+        (lambda: Causal() & 3, "a & b joins two masks, but 3 was given: Causal() & Window(512), for example."),
+        (lambda: gf.preset(["tiny"]), "preset(name=['tiny']): name is a text, but a list was given."),
+        (lambda: gf.page(BUILT, None, "abc"), "tokenizer is None, but a text is read by one: gf.load(folder) has one."),
+        (lambda: gf.evaluate(BUILT, gf.NextToken, DATA), "but the class NextToken itself was given: write NextToken(...)."),
+        (lambda: gf.save(3, "m"), "A model that was built from a Spec can be saved, but a whole number was given."),
+        (lambda: gf.save(BUILT, "m", train("bytes")), "The tokenizer has 256 tokens, but the model's vocabulary has 11: it is another model's."),
+        (lambda: gf.generate(BUILT, "ab", tokenizer="T"), "tokenizer is a text, but it has to encode and decode: gf.load(folder).tokenizer is one."),
+        (lambda: gf.Session(BUILT, [1], gf.Greedy()), "prompts is a sequence of sequence of whole numbers, but item 0 is 1."),
+        (lambda: gf.Session(BUILT, [[1]], gf.Greedy(), room=-1), "room is how many tokens may be drawn, 0 or more; -1 was given."),
+        (lambda: gf.Session(BUILT, [[1]], gf.Greedy()).fork(0), "fork(n) makes every row n times, 1 or more; 0 was given."),
+        (lambda: gf.Session(BUILT, [[1]], gf.Greedy()).select([9]), "select() takes rows of this session, a list of numbers from 0 to 0; 9 was given."),
+        (lambda: train("bytes").decode("abc"), "decode takes token ids in one row, such as [5, 3]; a text of something else was given."),
+        (lambda: gf.Tokenizer.load(3), "load(path=3): path is a text or a Path, but a whole number was given."),
+        (
+            lambda: train("bpe", texts=["abc"], vocab_size=10**9),
+            "vocab_size=1000000000 is no size that a tokenizer can have: it lies between 1 and 10,000,000.",
+        ),
+        (lambda: train("characters", texts=[]), "there is no text to train on: what was given is empty."),
+        (lambda: train("characters", files="."), ". is a folder: give the files in it."),
+        (lambda: DATA.part(5, 2), "A part goes from its first token to its last one; first=5 and last=2 were given."),
+        (lambda: gf.Trainer(BUILT, gf.NextToken(), DATA, steps=1, seed=-1), "seed is a whole number from 0 to 2^63 - 1; -1 was given."),
+        (lambda: gf.Recipe(MODEL, steps=1, seed=-1), "seed is a whole number from 0 to 2^63 - 1; -1 was given."),
+        (lambda: gf.Trainer(MODEL.build(device="meta"), gf.NextToken(), DATA, steps=1), "This model stands on the meta device"),
+        (lambda: gf.Trainer(MODEL.replace(vocab_size=300).build(), gf.NextToken(), TEXT, steps=1, tokenizer=OTHER), "is not the one that made the data"),
+        (lambda: next(iter(gf.Trainer(BUILT, gf.NextToken(), DATA, steps=1, batch=1, context=4))).every(0), "step.every(n) counts steps"),
         (lambda: gf.RMSNorm(1e-5, eps=1e-6), "RMSNorm was given eps twice: 1e-05 by its place and 1e-06 by its name."),
         (lambda: train("bpe", texts="abc"), "train(texts='abc'): texts is a sequence of texts or None, but a text was given."),
         (lambda: gf.load(3), "load(folder=3): folder is a text or a path, but a whole number was given."),

@@ -280,6 +280,31 @@ def test_a_character_that_the_model_does_not_know_says_what_to_do(run, trained: 
     assert re.search(r"the character 'Ä' \(U\+00C4\) at position 0 .* knows: leave it out, or train a tokenizer that can read it: kinds bpe", ended.err)
 
 
+def test_a_text_of_one_window_is_evaluated_without_an_error_bar(run, trained: Path) -> None:
+    Path("short.txt").write_text("To be, or")
+    out = run("evaluate", trained, "--data", "short.txt").out
+    assert "±" not in out and "nan" not in out
+    assert "in one window: too little text to say how sure this is" in out
+    assert json.loads(run("evaluate", trained, "--data", "short.txt", "--json").out)["standard_error"] is None
+
+
+def test_what_stands_in_the_way_is_said_with_what_to_do(run) -> None:
+    Path("taken").write_text("mine")
+    Path("a.txt").write_text("some words to learn from")
+    ended = run("tokenizer", "train", "a.txt", "--kind", "characters", "--out", "taken")
+    assert (ended.code, Path("taken").read_text()) == (2, "mine")
+    assert "The tokenizer could not be written to taken: File exists. Move what is in the way, or choose another place." in ended.err
+    ended = run("train", "nowhere", "--resume")
+    assert ended.code == 2
+    assert "There is no run in 'nowhere' to go on with, and no recipe of that name: check the folder." in ended.err
+
+
+def test_too_much_for_the_memory_is_a_sentence(run, trained: Path) -> None:
+    ended = run("generate", trained, "A", "-n", "100000000000000")
+    assert ended.code == 1
+    assert "there is not so much memory: make what is asked for smaller" in ended.err
+
+
 def test_a_saved_model_has_fixed_sizes(run, trained: Path) -> None:
     ended = run("params", trained, "--set", "d_model=8")
     assert ended.code == 2
@@ -319,6 +344,7 @@ def test_control_c_saves_the_run_and_says_how_to_go_on(run, tmp_path: Path) -> N
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
+    assert "stopping after this step (a compilation ends first) and saving; again: stop at once, with the last save" in err
     found = re.search(r"stopped after step ([\d,]+) and saved\. Go on with: glassformer train (\S+) --resume", out)
     assert found is not None, out
     step = int(found[1].replace(",", ""))

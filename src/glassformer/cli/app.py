@@ -89,9 +89,10 @@ def main(args: Sequence[str] | None = None) -> int:
 def _unexpected(error: Exception) -> int:
     if hasattr(error, "format_message"):  # typer's own: a wrong option, a missing argument
         command = getattr(getattr(error, "ctx", None), "command_path", "glassformer")
-        return _complain(f"{error.format_message().rstrip('.')}. See '{command} --help'.", MISTAKE)
-    if type(error).__name__ == "OutOfMemoryError":
-        return _complain("the device has no memory left: make the batch or the context smaller (--set batch=8, --set context=128).", FAILED)
+        said = error.format_message().rstrip(".")
+        return _complain(f"{said}{'' if said.endswith('?') else '.'} See '{command} --help'.", MISTAKE)
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return _complain("there is not so much memory: make what is asked for smaller (--set batch=8, --set context=128, --max-new-tokens 200).", FAILED)
     traceback.print_exception(error)
     print(f"\nThis is a fault in glassformer {__version__}, not a mistake of yours. Please report it with the lines above and the command.", file=sys.stderr)
     return FAILED

@@ -38,8 +38,16 @@ def evaluate(
         sure = None if math.isnan(found.error) else found.error
         print(json.dumps({"loss": found.loss, "standard_error": sure, "perplexity": found.perplexity, "bits_per_byte": bits, "tokens": found.tokens}))
         return
-    print(f"loss           {found.loss:.4f} ± {found.error:.4f} nats per token")
-    print(f"perplexity     {found.perplexity:.3f} ± {found.perplexity * found.error:.3f}")
+    unsure = math.isnan(found.error)  # of one window
+
+    def shown(value: float, error: float, digits: int) -> str:
+        return f"{value:.{digits}f}" + ("" if unsure else f" ± {error:.{digits}f}")
+
+    print(f"loss           {shown(found.loss, found.error, 4)} nats per token")
+    print(f"perplexity     {shown(found.perplexity, found.perplexity * found.error, 3)}")
     if bits is not None:
-        print(f"bits per byte  {bits:.4f} ± {bits * share:.4f}")
+        print(f"bits per byte  {shown(bits, bits * share, 4)}")
+    if unsure:
+        print(f"on {found.tokens:,} tokens in one window: too little text to say how sure this is")
+        return
     print(f"on {found.tokens:,} tokens in {found.windows:,} windows of {context}; ± is one standard error")

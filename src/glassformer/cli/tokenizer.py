@@ -40,13 +40,19 @@ def train(
     """Learn a tokenizer from texts and write its tokenizer.json."""
     import time
 
+    from ..core.errors import TokenizerError
+    from ..core.files import trouble
     from ..text import train as learn
 
     start = time.perf_counter()
     tokenizer = learn(
         kind, files, vocab_size=vocab_size, special=special or [], roles=_roles(role or []), pattern=pattern, lowercase=lowercase, min_frequency=min_frequency
     )
-    path = tokenizer.save(out)
+    try:
+        path = tokenizer.save(out)
+    except OSError as error:
+        reason, todo = trouble(error)
+        raise TokenizerError(f"The tokenizer could not be written to {out}: {reason}. {todo}.") from error
     print(
         f"wrote {path}: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB read, "
         f"{time.perf_counter() - start:.1f} s"

@@ -31,8 +31,10 @@ def train(
     """Train a model by a recipe and keep the run in a folder."""
     from ..core.errors import CheckpointError, RecipeError, TrainingError
     from .models import pick_device
-    from .recipe import PYTHON, read_recipe, read_run
+    from .recipe import PYTHON, built_in, read_recipe, read_run
 
+    if resume and not Path(recipe).exists() and recipe not in built_in():
+        raise RecipeError(f"There is no run in {recipe!r} to go on with, and no recipe of that name: check the folder.")
     if Path(recipe).is_dir():  # a run: its own recipe, in its own folder
         out, found = out or Path(recipe), read_run(Path(recipe), sets or ())
     else:

@@ -34,6 +34,8 @@ class Mask(Spec):
         raise NotImplementedError
 
     def __and__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            raise MaskError(f"a & b joins two masks, but {other!r} was given: Causal() & Window(512), for example.")
         terms = [t for m in (self, other) for t in (m.terms if isinstance(m, And) else (m,))]
         kept: list[Mask] = []
         for t in terms:

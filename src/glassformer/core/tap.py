@@ -68,6 +68,8 @@ class Tap:
                 )
 
     def __or__(self, other: Tap) -> Tap:
+        if not isinstance(other, Tap):
+            raise SiteError(f"a | b joins two taps, but {described(type(other))} was given.")
         return Chain(self, other)
 
 
@@ -231,6 +233,8 @@ class Edit(Tap):
         new = self.fn(x)
         if new is None:
             return x
+        if not isinstance(new, Tensor):
+            raise SiteError(f"The edit at {path!r} returned {described(type(new))}, but the value is a tensor: return one of the same shape, or None.")
         if new.shape != x.shape:
             raise SiteError(f"The edit at {path!r} returned shape {tuple(new.shape)}, but the value has shape {tuple(x.shape)}: keep the shape.")
         return new

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from glassformer.core.cache import Cache
 from glassformer.core.errors import InputError, SamplerError, did_you_mean
-from glassformer.core.fields import check, hints
+from glassformer.core.fields import check, described, hints
 from glassformer.core.tap import Tap
 
 from .links import build_chain
@@ -219,6 +219,8 @@ class _Run:
             if name not in kinds:
                 raise SamplerError(f"There is no option {name!r}.{did_you_mean(name, kinds)} Known: {', '.join(kinds)}.")
         check("generate", options, kinds, SamplerError)
+        if options.get("tokenizer") is not None and not hasattr(options["tokenizer"], "decode"):
+            raise InputError(f"tokenizer is {described(type(options['tokenizer']))}, but it has to encode and decode: gf.load(folder).tokenizer is one.")
         return _Run._read(model, prompt, **options)
 
     @staticmethod

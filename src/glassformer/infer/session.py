@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from glassformer.core.cache import Cache
 from glassformer.core.errors import CacheError, InputError, SamplerError
-from glassformer.core.fields import described
+from glassformer.core.fields import check, described, hints
 from glassformer.core.mask import Causal, Mask
 from glassformer.core.modes import evaluating
 from glassformer.core.tap import Tap
@@ -69,6 +69,9 @@ class Session:
         top: int = 0,
         source: Source | None = None,
     ):
+        check("Session", {"prompts": prompts, "sampler": sampler, "room": room, "cache": cache}, hints(Session.__init__), InputError)
+        if room < 0:
+            raise InputError(f"room is how many tokens may be drawn, 0 or more; {room} was given.")
         if not prompts or not all(len(p) for p in prompts):
             raise InputError(f"Generation needs at least one token in every row, but the rows have {[len(p) for p in prompts]} tokens.")
         _check_readout(model)
@@ -126,6 +129,8 @@ class Session:
 
         With ``seeds``, one per new row, they draw differently from here on; without, the copies draw the same.
         """
+        if not isinstance(n, int) or n < 1:
+            raise InputError(f"fork(n) makes every row n times, 1 or more; {n!r} was given.")
         twins = self.select([row for row in range(len(self.lengths)) for _ in range(n)])
         if seeds is not None:
             if len(seeds) != len(twins.lengths):
@@ -135,6 +140,9 @@ class Session:
 
     def select(self, rows: Sequence[int]) -> Session:
         """A new session of these rows."""
+        wrong = [r for r in rows if not isinstance(r, int) or not 0 <= r < len(self.lengths)] if isinstance(rows, Sequence) else [rows]
+        if wrong:
+            raise InputError(f"select() takes rows of this session, a list of numbers from 0 to {len(self.lengths) - 1}; {wrong[0]!r} was given.")
         new = object.__new__(Session)
         new.__dict__.update(self.__dict__)
         new.lengths = [self.lengths[r] for r in rows]

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from glassformer.core.errors import InputError
+from glassformer.core.fields import described, typed
 from glassformer.core.files import replace, trouble
 
 from .gather import HEAD_FIGURES, Bools, Floats, Inside, gather
@@ -39,14 +40,18 @@ SCRIPTS = ("page.js", "heads.js", "lens.js", "norms.js")
 _SMALLEST = np.float16(2.0**-24)
 
 
+@typed(InputError)
 def page(model: Any, tokenizer: Any, text: str, title: str | None = None) -> str:
     """The page for ``model`` on ``text``, as a string of HTML; ``title`` is the model's name on it.
 
     Raises :class:`InputError` as :func:`gather` does, and for patterns too large for one page.
     """
+    if not hasattr(tokenizer, "encode"):
+        raise InputError(f"tokenizer is {described(type(tokenizer))}, but a text is read by one: gf.load(folder) has one.")
     return render(gather(model, tokenizer, text, name=title))
 
 
+@typed(InputError)
 def write_page(path: str | os.PathLike[str], model: Any, tokenizer: Any, text: str, title: str | None = None) -> Path:
     """Write :func:`page` to ``path``, whole or not at all; gives the path back."""
     content, target = page(model, tokenizer, text, title), Path(path)

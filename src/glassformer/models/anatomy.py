@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from glassformer.core.errors import InputError
 from glassformer.core.mask import And, Causal
 from glassformer.core.sites import SiteInfo
 from glassformer.core.spec import ranges
@@ -115,8 +116,10 @@ class Anatomy:
 
         Two per multiply-add of every matrix (of experts: the chosen ones), and ``2 * 2 * seen * h * k`` per
         attention layer for scores and mix, ``seen`` being the average number of visible keys. Training
-        costs three times as much (backward is two forwards).
+        costs three times as much (backward is two forwards). Raises :class:`InputError` for a context below 1.
         """
+        if not isinstance(context, int) or context < 1:
+            raise InputError(f"context is a number of tokens, 1 or more; {context!r} was given.")
         encoders = {id(m) for model in self.modules() if isinstance(model, Anatomy) and not _causal(model) for m in model.modules()}
         return _matrix_flops(self) + sum(_attention_flops(m, context, id(m) not in encoders) for m in self.modules() if isinstance(m, _Attention))
 

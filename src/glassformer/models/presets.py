@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from glassformer.core.errors import SpecError, did_you_mean
+from glassformer.core.fields import typed
 from glassformer.parts.attention import Attention
 from glassformer.parts.embed import Embedding, InverseSqrtWidth, SqrtWidth
 from glassformer.parts.feedforward import Gated, Plain
@@ -125,6 +126,7 @@ def names() -> list[str]:
     return list(PRESETS)
 
 
+@typed(SpecError)
 def preset(name: str, **changes: Any) -> AnySpec:
     """The Spec of that name, with fields replaced by ``changes``; raises :class:`SpecError` for an unknown name."""
     if name not in PRESETS:

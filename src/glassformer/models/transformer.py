@@ -251,6 +251,8 @@ class TransformerModel(Anatomy, nn.Module):
             raise InputError(f"lengths={counts} do not fit tokens of shape ({b}, {t}): one length per row, none above {t}.")
         start = 0 if cache is None else cache.length
         index = torch.arange(t, device=device) if cache is None else cache.open(b, t, counts, device)
+        if positions is not None and (positions.shape[-1] != t or positions.ndim > 2):
+            raise InputError(f"positions have shape {tuple(positions.shape)}, but the tokens have {t} places: one position for each, [t] or [b t].")
         check_positions(self.position, start + t - 1 if positions is None else positions)
         rule = self.spec.mask if mask is None else self.spec.mask & mask
         real = None if counts is None else torch.as_tensor(counts, device=device)
@@ -310,6 +312,8 @@ class TransformerModel(Anatomy, nn.Module):
         if not isinstance(self.spec.mask, Causal):
             raise CacheError("An encoder sees the whole text at once, so it has nothing to cache: call it without a cache.")
         clock = Clock(batch)
+        if batch < 1 or (capacity is not None and capacity < 1) or rewind < 0:
+            raise CacheError(f"A cache has rows and room for tokens: batch={batch}, capacity={capacity} and rewind={rewind} were given.")
         layers: list[dict[str, Slot]] = []
         for block in self.spec.blocks:
             slots: dict[str, Slot] = {"attn": _slot(clock, block.attention.mask, capacity, rewind)}
@@ -338,7 +342,7 @@ def _check_kinds(**given: object) -> None:
             continue
         todo = "use torch.tensor(...)"
         if name == "tap":
-            todo = f"tap = Record({value!r}), then model(tokens, tap=tap)"
+            todo = f"tap = Record({value if isinstance(value, str) else 'blocks.0.attn.pattern'!r}), then model(tokens, tap=tap); several are joined by |"
         elif isinstance(value, str):
             todo = "generate(model, text, tokenizer=...) reads text, tokenizer.encode(text) gives its ids"
         elif kind is not Tensor:

@@ -62,7 +62,9 @@ class Attention(Spec):
 
     def __post_init__(self) -> None:
         g = self.n_heads if self.n_kv_heads is None else self.n_kv_heads
-        if self.n_heads < 1 or g < 1 or self.n_heads % g:
+        if self.n_heads < 1 or g < 1:
+            raise SpecError(f"Attention has n_heads={self.n_heads} and n_kv_heads={g}: there is at least one of each.")
+        if self.n_heads % g:
             raise SpecError(f"Attention has n_heads={self.n_heads} and n_kv_heads={g}: the first must be a multiple of the second.")
         if self.position.adds:
             raise SpecError(f"{type(self.position).__name__} adds to the embedding: give it to the model (Decoder(position=...)), not to Attention.")

@@ -38,6 +38,12 @@ class NormLayer(nn.Module):
         raise NotImplementedError
 
 
+def _check_eps(norm: Any) -> None:
+    """Raise :class:`SpecError` for an ``eps`` below zero, under a square root."""
+    if not norm.eps >= 0:
+        raise SpecError(f"{type(norm).__name__}(eps={norm.eps}): eps stands under a square root and is 0 or more.")
+
+
 @part
 class LayerNorm(Norm):
     """Subtract the mean, divide by the standard deviation, scale and shift (arXiv 1607.06450).
@@ -48,6 +54,9 @@ class LayerNorm(Norm):
 
     eps: float = 1e-5
     bias: bool = True
+
+    def __post_init__(self) -> None:
+        _check_eps(self)
 
     def build(self, d: int) -> LayerNormLayer:
         return LayerNormLayer(d, self.eps, self.bias)

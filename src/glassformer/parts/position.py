@@ -130,6 +130,10 @@ class Learned(Position):
     max_positions: int
     offset: int = 0
 
+    def __post_init__(self) -> None:
+        if self.max_positions < 1 or self.offset < 0:
+            raise SpecError(f"Learned(max_positions={self.max_positions}, offset={self.offset}): there is at least one position, and no row is missing.")
+
     @property
     def adds(self) -> bool:
         return True
@@ -292,6 +296,8 @@ class Rotary(Position):
     def __post_init__(self) -> None:
         if self.layout not in ("half", "interleaved"):
             raise SpecError(f"Rotary(layout={self.layout!r}): layout is 'half' (Llama) or 'interleaved' (GPT-J).")
+        if not self.base > 0:
+            raise SpecError(f"Rotary(base={self.base}): the base lies above 0 (10,000 in arXiv 2104.09864).")
         if not 0 < self.fraction <= 1:
             raise SpecError(f"Rotary(fraction={self.fraction}): a fraction lies above 0 and is at most 1.")
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..core.errors import TokenizerError
+from ..core.fields import described, typed
 from ..core.files import replace
 from .alphabet import bytes_of, readable
 from .special import FOR_UNKNOWN, ROLES, roles_in_config, usual_roles
@@ -230,7 +231,10 @@ class Tokenizer:
         Bytes that are no whole character become U+FFFD. Special tokens are spelled out unless ``skip_special`` leaves them out.
         Raises TokenizerError for an id that is not in the vocabulary.
         """
-        ids = [int(id) for id in ids]
+        try:
+            ids = [int(id) for id in ids]
+        except (TypeError, ValueError):
+            raise TokenizerError(f"decode takes token ids in one row, such as [5, 3]; {described(type(ids))} of something else was given.") from None
         if self._bytes is not None:
             return self.decode_bytes(ids, skip_special=skip_special).decode("utf-8", errors="replace")
         self._check_ids(ids)
@@ -304,6 +308,7 @@ class Tokenizer:
 
     # ------------------------------------------------------------------------------------------------------------------ files
 
+    @typed(TokenizerError)
     def save(self, path: str | Path) -> Path:
         """Write ``tokenizer.json``, at once or not at all, and return its path.
 
@@ -323,6 +328,7 @@ class Tokenizer:
         return target
 
     @classmethod
+    @typed(TokenizerError)
     def load(cls, path: str | Path) -> Tokenizer:
         """Open a ``tokenizer.json``, or the folder that holds one, whoever made it; roles come from ``tokenizer_config.json`` beside it.
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 KINDS = ("bpe", "wordpiece", "unigram", "bytes", "characters", "words")
 CHUNK = 1 << 20
+MOST = 10_000_000  # tokens in a vocabulary; the trainers set memory aside for as many as are asked for
 
 
 @typed(TokenizerError)
@@ -71,6 +72,8 @@ def train(
     """
     if kind not in KINDS:
         raise TokenizerError(f"there is no tokenizer of kind {kind!r}: the kinds are {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}")
+    if vocab_size is not None and not 1 <= vocab_size <= MOST:
+        raise TokenizerError(f"vocab_size={vocab_size} is no size that a tokenizer can have: it lies between 1 and {MOST:,}.")
     roles = dict(roles or {})
     special = [special] if isinstance(special, str) else list(dict.fromkeys(special))
     for role, spelling in roles.items():
@@ -94,7 +97,7 @@ def train(
         learn = _wordpiece if kind == "wordpiece" else _unigram
         library = learn(corpus, vocab_size or 32_000, special, unk, {"lowercase": lowercase, "min_frequency": min_frequency})
     if not corpus.seen:
-        raise TokenizerError("there is no text to train on: the files are empty. Give files with text in them.")
+        raise TokenizerError("there is no text to train on: what was given is empty. Give files or texts with words in them.")
     return Tokenizer(library, roles)
 
 
@@ -244,6 +247,8 @@ class _Corpus:
         self._special = re.compile("|".join(re.escape(s) for s in sorted(special, key=len, reverse=True))) if special else None
         for file in self._files:  # before an hour of work, not after
             if not file.is_file():
+                if file.is_dir():
+                    raise TokenizerError(f"{file} is a folder: give the files in it.")
                 raise TokenizerError(f"there is no file {file} to train on: check the path.")
         self.seen = 0
 

@@ -109,6 +109,7 @@ class TokenData:
         )
 
     @classmethod
+    @typed(DataError)
     def open(cls, folder: str | Path, tokenizer: Tokenizer | None = None) -> TokenData:
         """Shards that :func:`prepare` wrote, by memory map. A ``tokenizer`` other than theirs is a :class:`DataError`.
 
@@ -192,8 +193,11 @@ class TokenData:
         places = starts[:, None] + np.arange(length)
         return np.searchsorted(self._starts, places.reshape(-1), side="right").reshape(places.shape).astype(np.int64)
 
+    @typed(DataError)
     def part(self, first: int, last: int) -> TokenData:
         """Tokens ``first`` to ``last`` (not included), without copying."""
+        if not 0 <= first <= last:
+            raise DataError(f"A part goes from its first token to its last one; first={first} and last={last} were given.")
         pieces, begin = [], 0
         for array in self._arrays:
             lo, hi = max(first - begin, 0), min(last - begin, len(array))
@@ -210,6 +214,7 @@ class TokenData:
             name=f"tokens {first:,} to {last:,} of {self.name}",
         )
 
+    @typed(DataError)
     def split(self, fraction: float = 0.1) -> tuple[TokenData, TokenData]:
         """The data without its last ``fraction``, and that last fraction: for training, for validation."""
         if not 0 < fraction < 1:
@@ -223,6 +228,7 @@ class TokenData:
 # From files to shards
 
 
+@typed(DataError)
 def prepare(
     paths: str | Path | Iterable[str | Path],
     tokenizer: Tokenizer,

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from glassformer.core.errors import DataError
+from glassformer.core.fields import typed
 from glassformer.core.modes import evaluating
 from glassformer.tasks import Batch, Task
 
@@ -54,7 +55,8 @@ class Evaluation:
 
     def __str__(self) -> str:
         bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
-        return f"loss {self.loss:.4f} ± {1.96 * self.error:.4f} (95 %), perplexity {self.perplexity:.2f}{bits} ({self.windows} windows, {self.tokens:,} tokens)"
+        sure = "" if math.isnan(self.error) else f" ± {1.96 * self.error:.4f} (95 %)"
+        return f"loss {self.loss:.4f}{sure}, perplexity {self.perplexity:.2f}{bits} ({self.windows} windows, {self.tokens:,} tokens)"
 
 
 def windows(data: TokenData, batch: int, context: int, *, most: int | None = None, documents: bool = False) -> Iterator[Batch]:
@@ -76,6 +78,7 @@ def windows(data: TokenData, batch: int, context: int, *, most: int | None = Non
         yield Batch(torch.from_numpy(data.read(chosen, context + 1)), ids)
 
 
+@typed(DataError)
 def evaluate(
     model: nn.Module,
     task: Task,

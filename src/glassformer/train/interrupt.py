@@ -12,10 +12,12 @@ from typing import Any
 class Interrupts:
     """Notes SIGINT and SIGTERM while it is entered; ``caught`` is the name of the first, or None.
 
-    Only the main thread may handle signals: elsewhere nothing is installed. What was installed before is put back.
+    ``shown``: say so on standard error when the first one comes. Only the main thread may handle signals: elsewhere nothing
+    is installed. What was installed before is put back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shown: bool = False) -> None:
+        self._shown = shown
         self.caught: str | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -37,6 +39,8 @@ class Interrupts:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.caught is None:
             self.caught = signal.Signals(number).name
+            if self._shown:
+                os.write(2, b"stopping after this step (a compilation ends first) and saving; again: stop at once, with the last save\n")
             return
         self.close()
         os.kill(os.getpid(), number)  # the second time: as if nobody had listened

@@ -86,7 +86,9 @@ class Step:
     sample: str | None = None
 
     def every(self, n: int) -> bool:
-        """Whether the step's number is a multiple of ``n``."""
+        """Whether the step's number is a multiple of ``n``. Raises :class:`TrainingError` for an ``n`` below 1."""
+        if not isinstance(n, int) or n < 1:
+            raise TrainingError(f"step.every(n) counts steps: n is a whole number of 1 or more, and {n!r} was given.")
         return self.number % n == 0
 
 
@@ -150,10 +152,16 @@ class Trainer:
             save_every=save_every,
             keep=keep,
         )
+        if not 0 <= seed < 2**63:
+            raise TrainingError(f"seed is a whole number from 0 to 2^63 - 1; {seed} was given.")
         if clip is not None and not clip > 0:
             raise TrainingError(f"clip is the largest gradient norm, above zero, or None for no clipping; {clip} was given.")
         if isinstance(data, TokenData):
             _check_vocabulary(model, data)
+            if tokenizer is not None and data.tokenizer_hash is not None and getattr(tokenizer, "hash", None) != data.tokenizer_hash:
+                raise DataError(f"The tokenizer {tokenizer!r} is not the one that made the data ({data.tokenizer!r}): leave it out, or give that one.")
+        if any(p.device.type == "meta" for p in model.parameters()):
+            raise TrainingError("This model stands on the meta device, where tensors have shapes but no numbers: build it without device='meta', or load one.")
         task.check(model)
         if steps is not None:
             schedule.check(steps)
@@ -203,7 +211,7 @@ class Trainer:
         for note in self.notes:
             self._progress.say(note)
         try:
-            with Interrupts() as interrupts:
+            with Interrupts(self._progress.shown) as interrupts:
                 self._began = time.perf_counter() - self.elapsed
                 saved = self._begin()
                 while not self.finished and interrupts.caught is None:

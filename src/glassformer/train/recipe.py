@@ -128,6 +128,8 @@ class Recipe(Spec):
             raise SpecError("A recipe needs a budget: steps=2000, seconds=100, or both.")
         if (self.steps is not None and not self.steps >= 1) or (self.seconds is not None and not self.seconds > 0):
             raise SpecError(f"A budget is above zero; steps={self.steps} and seconds={self.seconds} were given.")
+        if not 0 <= self.seed < 2**63:
+            raise SpecError(f"seed is a whole number from 0 to 2^63 - 1; {self.seed} was given.")
         if not 0 <= self.validation < 1:
             raise SpecError(f"validation is a share of the text, from 0 up to but not including 1; {self.validation} was given.")
 

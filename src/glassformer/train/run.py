@@ -89,10 +89,21 @@ class Run:
 
 def check_settings(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise :class:`CheckpointError` naming every setting that differs between a checkpoint and its continuation."""
-    changed = [f"{name} was {saved.get(name)!r} and is {value!r}" for name, value in now.items() if saved.get(name) != checkpoint.plain(value)]
+    changed = [_changed(name, saved.get(name), checkpoint.plain(value)) for name, value in now.items() if saved.get(name) != checkpoint.plain(value)]
     if changed:
         shown = "; ".join(c if len(c) < 300 else c[:297] + "..." for c in changed)
         raise CheckpointError(f"The checkpoint belongs to a run with other settings: {shown}. Use the same settings, or start in a new folder.")
+
+
+def _changed(name: str, old: Any, new: Any) -> str:
+    """``model.d_model was 128 and is 64``: of plain data the innermost places that differ, three at most."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.get("type") == new.get("type"):
+        inside = [_changed(name if key == "of" else f"{name}.{key}", old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)]
+        return ", ".join(inside[:3]) + (f" and {len(inside) - 3} more" if len(inside) > 3 else "")
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        at = next(i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b)
+        return _changed(f"{name}.{at}", old[at], new[at])
+    return f"{name} was {old!r} and is {new!r}"
 
 
 def made_with() -> dict[str, Any]:

@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 
 from glassformer.core import files
 from glassformer.core.errors import SpecError, WeightsError, did_you_mean
-from glassformer.core.fields import typed
-from glassformer.core.numerics import dtype_named
+from glassformer.core.fields import described, typed
+from glassformer.core.numerics import device_named, dtype_named
 from glassformer.core.spec import Spec
 from glassformer.models import EncoderDecoder, Transformer
 
@@ -50,6 +50,11 @@ def save(model: Any, folder: str | os.PathLike[str], tokenizer: Tokenizer | None
     Without a tokenizer, one that an earlier model left in the folder is removed. Raises :class:`WeightsError` if the folder cannot be written.
     """
     path = Path(folder)
+    if getattr(model, "spec", None) is None:
+        raise WeightsError(f"A model that was built from a Spec can be saved, but {described(type(model))} was given.")
+    size = getattr(model.spec, "vocab_size", None)
+    if tokenizer is not None and size is not None and getattr(tokenizer, "vocab_size", 0) > size:
+        raise WeightsError(f"The tokenizer has {tokenizer.vocab_size} tokens, but the model's vocabulary has {size}: it is another model's.")
     staging: Path | None = None
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -89,7 +94,7 @@ def load(folder: str | os.PathLike[str], device: str | torch.device | None = Non
     except (SpecError, KeyError) as error:
         raise WeightsError(f"{path / 'model.json'} describes no model that this version can build: {error}") from error
     model = spec.build(device="meta")
-    _fill(model, path / "model.safetensors", torch.device("cpu" if device is None else device), None if dtype is None else dtype_named(dtype))
+    _fill(model, path / "model.safetensors", device_named("cpu" if device is None else device), None if dtype is None else dtype_named(dtype))
     if hasattr(model, "tie"):
         model.tie()
     tokenizer = None
