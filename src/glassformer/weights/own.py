@@ -36,11 +36,15 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 class Loaded(NamedTuple):
-    """What a folder holds: the model (in evaluation mode), its tokenizer if there is one, what the writer added."""
+    """What a checkpoint holds: the model (in evaluation mode), its tokenizer if there is one, what the writer added.
+
+    ``report``: of a foreign checkpoint, what became of each of its tensors.
+    """
 
     model: Any
     tokenizer: Tokenizer | None
     extra: dict[str, Any]
+    report: Any = None
 
 
 @typed(WeightsError)
@@ -87,13 +91,7 @@ def load(folder: str | os.PathLike[str], device: str | torch.device | None = Non
     """Open a folder written by :func:`save` (or a training run's folder). Raises :class:`WeightsError` saying what is missing or wrong."""
     path = find(Path(folder))
     about = _read_json(path / "model.json")
-    kind = about.get("spec", {}).get("type", "") if isinstance(about.get("spec"), dict) else ""
-    base: type[Spec] = EncoderDecoder if kind == "EncoderDecoder" else Transformer
-    try:
-        spec: Any = base.from_dict(about["spec"])
-    except (SpecError, KeyError) as error:
-        raise WeightsError(f"{path / 'model.json'} describes no model that this version can build: {error}") from error
-    model = spec.build(device="meta")
+    model = _spec(about, path).build(device="meta")
     _fill(model, path / "model.safetensors", device_named("cpu" if device is None else device), None if dtype is None else dtype_named(dtype))
     if hasattr(model, "tie"):
         model.tie()
@@ -104,6 +102,20 @@ def load(folder: str | os.PathLike[str], device: str | torch.device | None = Non
         tokenizer = Tokenizer.load(path / "tokenizer.json")
         _check_tokenizer(tokenizer, about.get("tokenizer"), path)
     return Loaded(model.eval(), tokenizer, about.get("extra", {}))
+
+
+def spec_of(path: Path) -> Any:
+    """The Spec of the model in a folder; no tensor is read."""
+    return _spec(_read_json(path / "model.json"), path)
+
+
+def _spec(about: dict[str, Any], path: Path) -> Any:
+    kind = about["spec"].get("type", "") if isinstance(about["spec"], dict) else ""
+    base: type[Spec] = EncoderDecoder if kind == "EncoderDecoder" else Transformer
+    try:
+        return base.from_dict(about["spec"])
+    except (SpecError, KeyError) as error:
+        raise WeightsError(f"{path / 'model.json'} describes no model that this version can build: {error}") from error
 
 
 def find(path: Path) -> Path:
@@ -161,13 +173,14 @@ def _fill(model: Any, file: Path, device: torch.device, dtype: torch.dtype | Non
                         f"{file}: {name!r} has shape {shape}, but the model needs {tuple(parameter.shape)}: the two files belong to different models."
                     )
                 x = tensors.get_tensor(name)
-                _assign(model, name, x if dtype is None else x.to(dtype))
+                assign(model, name, x if dtype is None else x.to(dtype))
     except FileNotFoundError as error:
         raise WeightsError(f"{file} is missing: the folder holds a description but no parameters.") from error
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{file} is damaged or cut short ({error}): copy it again, or go back to an earlier checkpoint.") from error
 
 
-def _assign(model: Any, name: str, x: torch.Tensor) -> None:
+def assign(model: Any, name: str, x: torch.Tensor) -> None:
+    """Put ``x`` in the place of a parameter of that name."""
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(x, requires_grad=x.is_floating_point()))

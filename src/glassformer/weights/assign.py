@@ -1,0 +1,176 @@
+"""Who fills whom: the table of a family against the tensors of a file, settled by name and shape before anything is read.
+
+    model (on the meta device) ─ parameters ─┐
+                                             ├─► Plan: each parameter, its tensors, the form between
+    files ─ headers ─ tensors ───────────────┘      + what is left over, and why that is no harm
+
+Loading is total: a parameter that no tensor fills, a tensor that no parameter claims, or a shape that does not fit is an
+error that names both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glassformer.core.errors import WeightsError, did_you_mean
+
+from .family import Family
+from .rules import Form, Place, Rule, any_matches
+from .stored import Stored
+
+
+@dataclass(frozen=True)
+class Filling:
+    """One parameter and where it comes from."""
+
+    path: str
+    form: Form
+    stored: tuple[Stored, ...]
+    place: Place
+
+
+@dataclass
+class Plan:
+    """Every parameter's source, and every tensor that is not one: ``left`` says why for each."""
+
+    fillings: list[Filling] = field(default_factory=list)
+    tied: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    prefix: str = ""
+
+
+def place_of(model: Any, path: str) -> Place:
+    """Where a parameter stands: ``blocks.3.attn.qkv.weight`` is the layer ``qkv`` of the part ``blocks.3.attn``."""
+    parts = path.split(".")
+    return Place(model.get_submodule(".".join(parts[:-2])), parts[-2] if len(parts) > 1 else "")
+
+
+def plan(model: Any, family: Family, tensors: Mapping[str, Stored], file: Any) -> Plan:
+    """Settle who fills whom. Raises :class:`WeightsError` with the first disagreements."""
+    names = _canonical(family, tensors)
+    made, claimed, missing = Plan(), set(), []
+    for path, parameter in model.named_parameters():
+        rules = family.table.rules_for(path)
+        if not rules:
+            raise WeightsError(f"No rule of the family {family.name} says where the parameter {path!r} comes from: this is a fault of the family's table.")
+        for rule in rules:
+            theirs = rule.names(rule.match(path) or {})
+            if all(t in names for t in theirs):
+                stored = tuple(names[t] for t in theirs)
+                if rule.stacked:
+                    stored = tuple(_slice(s, int((rule.match(path) or {})["e"])) for s in stored)
+                made.fillings.append(Filling(path, rule.form, stored, place_of(model, path)))
+                _check_shape(made.fillings[-1], parameter, file)
+                claimed |= set(theirs)
+                break
+        else:
+            first = rules[0].names(rules[0].match(path) or {})
+            missing.append((path, next(t for t in first if t not in names)))
+    left = [n for n in names if n not in claimed]
+    for name in list(left):
+        if (why := _why_left(family, name, names, claimed)) is not None:
+            left.remove(name)
+            if why.startswith("= "):
+                made.tied[names[name].name] = names[why[2:]].name
+            else:
+                made.left[names[name].name] = why
+    if missing or left:
+        raise WeightsError(_disagreement(family, file, missing, left))
+    return made
+
+
+def _canonical(family: Family, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The tensors by the names that the family's table knows: files of the bare stack lack its prefix, some have another one before it."""
+    lefts = family.known_names
+    found = {}
+    for name, stored in tensors.items():
+        known = next(
+            (n for n in (name, family.prefix + name, *(name.removeprefix(p) for p in family.strips if name.startswith(p))) if any_matches(lefts, n)), name
+        )
+        found[known] = stored
+    return found
+
+
+def _slice(stored: Stored, e: int) -> Stored:
+    if not stored.shape or e >= stored.shape[0]:
+        raise WeightsError(
+            f"{stored.file}: {stored.name!r} has shape {stored.shape}, but the model needs its slice {e}: the config asks for more experts than there are."
+        )
+    return stored.item(e)
+
+
+def _check_shape(filling: Filling, parameter: Tensor, file: Any) -> None:
+    shapes = " and ".join(f"{s.name!r} {s.shape}" for s in filling.stored)
+    try:
+        theirs = [torch.empty(s.shape, dtype=s.dtype, device="meta") for s in filling.stored]
+        got: tuple[int, ...] | None = tuple(filling.form.ours(theirs, filling.place).shape)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise WeightsError(f"{file}: {shapes} cannot become {filling.path!r} of shape {tuple(parameter.shape)}: {str(error).splitlines()[0]}") from error
+    if got != tuple(parameter.shape):
+        raise WeightsError(
+            f"{file}: {shapes} would make {filling.path!r} of shape {got}, but by its config the model needs {tuple(parameter.shape)}: config and tensors "
+            "belong to different models."
+        )
+
+
+def _why_left(family: Family, name: str, names: Mapping[str, Stored], claimed: Iterable[str]) -> str | None:
+    """Why a tensor that no parameter claims is no harm (``= other`` for a copy of another); None if it is."""
+    copy_of = (family.tied or {}).get(name)
+    if copy_of is not None and copy_of in claimed:
+        return f"= {copy_of}"
+    if any_matches(family.nothing_learnt, name):
+        return "holds nothing learnt"
+    if any_matches(family.other_heads, name):
+        return "belongs to a head that this model does not have"
+    return None
+
+
+def _disagreement(family: Family, file: Any, missing: list[tuple[str, str]], left: list[str]) -> str:
+    said = []
+    if missing:
+        path, wanted = missing[0]
+        said.append(f"the parameter {path!r} needs the tensor {wanted!r}, which is not there.{did_you_mean(wanted, left)}")
+    if left:
+        wanted_names = [m[1] for m in missing]
+        said.append(f"the tensor {left[0]!r} is claimed by no parameter.{did_you_mean(left[0], wanted_names)}")
+    return f"{file} does not fit the family {family.name} ({len(missing)} missing, {len(left)} left over): {' And '.join(said)}"
+
+
+def theirs(model: Any, family: Family) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the checkpoint that ``model`` would be, by the family's names: the table read from right to left."""
+    stacks: dict[str, dict[int, Tensor]] = {}
+    experts = _expert_counts(model, family)
+    for path, parameter in model.named_parameters():
+        rule, holes = _canonical_rule(family, path)
+        names = rule.names(holes)
+        made = rule.form.theirs(parameter.detach(), place_of(model, path))
+        if not rule.stacked:
+            yield from zip(names, made, strict=True)
+            continue
+        for name, x in zip(names, made, strict=True):
+            stacks.setdefault(name, {})[int(holes["e"])] = x
+            if len(stacks[name]) == experts[name]:
+                slices = stacks.pop(name)
+                yield name, torch.stack([slices[e] for e in range(len(slices))])
+
+
+def _canonical_rule(family: Family, path: str) -> tuple[Rule, dict[str, str]]:
+    rules = family.table.rules_for(path)
+    if not rules:
+        raise WeightsError(f"No rule of the family {family.name} says what the parameter {path!r} is called there.")
+    return rules[0], rules[0].match(path) or {}
+
+
+def _expert_counts(model: Any, family: Family) -> dict[str, int]:
+    """How many slices each stacked tensor has."""
+    counts: dict[str, int] = {}
+    for path, _ in model.named_parameters():
+        rule, holes = _canonical_rule(family, path)
+        for name in rule.names(holes) if rule.stacked else ():
+            counts[name] = counts.get(name, 0) + 1
+    return counts

@@ -1,0 +1,237 @@
+"""Opening a checkpoint: what it is, without reading it; then the model, when it is asked for.
+
+opened = weights.open(path)            a folder, a .gguf file, hf://owner/name: headers only
+print(opened)                          family, sizes, types, how many tensors
+opened.spec                            the Spec of the model: change it before it is loaded, if you like
+model, report = opened.load(dtype=torch.bfloat16)
+
+path ─► source ─► config ─► family ─► Spec ─► model without memory ─► plan ─► load: parameter by parameter
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from glassformer.core.errors import WeightsError
+from glassformer.core.fields import typed
+from glassformer.core.numerics import device_named, dtype_named
+
+from . import assign, own
+from .assign import Filling, Plan
+from .family import Family, family_of
+from .source import Found, find, read_json
+from .stored import Stored
+
+if TYPE_CHECKING:
+    from glassformer.text import Tokenizer
+
+SETTINGS = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What loading did: every tensor used, repeated, or left over and why; nothing is missing, or there would be no report."""
+
+    source: Path
+    family: str
+    used: dict[str, tuple[str, ...]]
+    """Their tensors by our parameter."""
+    tied: dict[str, str]
+    """Tensors that repeat another one."""
+    left: dict[str, str]
+    """Tensors that were not used, and why that is no harm."""
+    dtype: str
+    bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.source}: {self.family}",
+            f"  {sum(map(len, self.used.values())):,} tensors fill {len(self.used):,} parameters, {self.bytes / 1e6:,.1f} MB in {self.dtype}, "
+            f"{self.seconds:.2f} s ({self.bytes / 1e9 / max(self.seconds, 1e-9):.2f} GB/s)",
+            "  missing: none",
+        ]
+        lines += [f"  repeats another: {copy} = {original}" for copy, original in self.tied.items()]
+        for why in dict.fromkeys(self.left.values()):
+            names = [n for n, w in self.left.items() if w == why]
+            lines.append(f"  left over, {why}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if names[4:] else ''}")
+        return "\n".join(lines)
+
+
+@typed(WeightsError)
+def open(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> Opened:
+    """Open a checkpoint: its headers are read and settled, its tensors are not.
+
+    ``path``: a folder in the Hugging Face format or our own, a .gguf file, or ``hf://owner/name@revision``. ``ignore``: fields of config.json that
+    are not understood here and that you know to change nothing. Raises :class:`WeightsError` saying what does not fit.
+    """
+    found = find(path)
+    if found.kind == "own":
+        return Opened(found, None, own.spec_of(own.find(found.path)), tuple(ignore))
+    if found.kind == "gguf":
+        from .families import gguf_names
+
+        found.config = gguf_names.config(found.metadata, found.tensors, found.path)
+    family = family_of(found.config, found.config_file)
+    spec = family.read(found.config, found.config_file, ignore)
+    if found.kind == "gguf":
+        family, spec = gguf_names.dialect(family, spec, found.tensors)
+    return Opened(found, family, spec, tuple(ignore))
+
+
+@dataclass
+class Opened:
+    """A checkpoint whose tensors are still in its files. ``spec`` may be replaced before loading, as long as the parameters stay the same."""
+
+    found: Found
+    family: Family | None
+    spec: Any
+    ignore: tuple[str, ...] = ()
+    _plans: dict[Any, tuple[Any, Plan]] = field(default_factory=dict, repr=False)
+
+    @property
+    def kind(self) -> str:
+        """``"hf"``, ``"gguf"`` or ``"own"``."""
+        return self.found.kind
+
+    @property
+    def path(self) -> Path:
+        """The folder or file."""
+        return self.found.path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The fields of config.json (of a GGUF file: its metadata in their words)."""
+        return self.found.config
+
+    @property
+    def tensors(self) -> dict[str, Stored]:
+        """Every tensor by its name in the file; nothing is read."""
+        return self.found.tensors
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that comes with it, or None."""
+        if self.kind == "gguf":
+            from glassformer.text.from_gguf import tokenizer_from_gguf
+
+            return tokenizer_from_gguf(self.found.metadata) if "tokenizer.ggml.model" in self.found.metadata else None
+        from glassformer.text.folder import tokenizer_of_folder
+
+        return tokenizer_of_folder(own.find(self.path) if self.kind == "own" else self.path)
+
+    @cached_property
+    def generation(self) -> dict[str, Any]:
+        """The generation settings that come with it (``generation_config.json``)."""
+        file = self.path / SETTINGS
+        return read_json(file) if self.kind != "gguf" and file.exists() else {}
+
+    @property
+    def plan(self) -> Plan:
+        """Which tensor fills which parameter."""
+        return self._settled()[1]
+
+    def _settled(self) -> tuple[Any, Plan]:
+        """The model without memory, and its plan. Made anew for each model: a plan names places in it."""
+        if self.family is None:
+            raise WeightsError("A checkpoint in glassformer's own format has no family: its tensors bear the names of the parameters.")
+        model = self.spec.build(device="meta")
+        return model, assign.plan(model, self.family, self.tensors, self.path)
+
+    @typed(WeightsError)
+    def load(self, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None, packed: bool = False) -> tuple[Any, Report]:
+        """The model in evaluation mode, and the report of every tensor.
+
+        ``dtype`` None keeps the file's own type (float16 and quantised numbers become float32 on a CPU, which computes in neither).
+        ``packed``: quantised matrices stay packed in memory and are unpacked at each use.
+        """
+        start = time.perf_counter()
+        where = device_named("cpu" if device is None else device)
+        if self.family is None:
+            return self._load_own(dtype, where, start)
+        model, plan = self._settled()
+        kind = self._usual_dtype(where) if dtype is None else dtype_named(dtype)
+        _check_tied(plan, self.tensors)
+        kept = set()
+        if packed:
+            from . import packing
+
+            kept = packing.keep(model, plan, kind, where)
+        for filling in plan.fillings:
+            if filling.path not in kept:
+                own.assign(model, filling.path, _filled(filling, model.get_parameter(filling.path).shape, kind, where))
+        if hasattr(model, "tie"):
+            model.tie()
+        used = {f.path: tuple(s.name for s in f.stored) for f in plan.fillings}
+        size = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
+        name = str(kind).removeprefix("torch.") + (", quantised matrices packed" if packed else "")
+        return model.eval(), Report(self.path, self.family.name, used, plan.tied, plan.left, name, size, time.perf_counter() - start)
+
+    def _load_own(self, dtype: str | torch.dtype | None, device: torch.device, start: float) -> tuple[Any, Report]:
+        model = own.load(self.path, device, dtype).model
+        used = {name: (name,) for name, _ in model.named_parameters()}
+        size = sum(x.numel() * x.element_size() for x in model.parameters())
+        kind = str(next(model.parameters()).dtype).removeprefix("torch.")
+        return model, Report(self.path, "glassformer's own format", used, {}, {}, kind, size, time.perf_counter() - start)
+
+    def _usual_dtype(self, device: torch.device) -> torch.dtype:
+        sizes: dict[torch.dtype, int] = {}
+        for s in self.tensors.values():
+            if s.dtype.is_floating_point:
+                sizes[s.dtype] = sizes.get(s.dtype, 0) + s.nbytes
+        most = max(sizes, key=lambda t: sizes[t], default=torch.float32)
+        slow = most == torch.float16 and device.type == "cpu"
+        return torch.float32 if slow or most.itemsize == 1 else most
+
+    def __repr__(self) -> str:
+        if self.family is None:
+            return f"{self.path}: glassformer's own format"
+        types: dict[str, int] = {}
+        for s in self.tensors.values():
+            types[s.type] = types.get(s.type, 0) + s.nbytes
+        stored = ", ".join(f"{n / 1e6:,.1f} MB {t}" for t, n in sorted(types.items(), key=lambda i: -i[1]))
+        what = "GGUF file" if self.kind == "gguf" else "Hugging Face folder"
+        return f"{self.path}: {self.family.name}, {what}, {len(self.tensors):,} tensors ({stored}), unread"
+
+
+def _filled(filling: Filling, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A parameter's values, read straight into its own memory where the form allows."""
+    out = torch.empty(shape, dtype=dtype)
+    filling.form.fill(out, filling.stored, filling.place)
+    return out.to(device)
+
+
+def _check_tied(plan: Plan, tensors: dict[str, Stored]) -> None:
+    """Raise :class:`WeightsError` if what the config calls one matrix is stored as two different ones."""
+    for copy, original in plan.tied.items():
+        a, b = tensors[copy], tensors[original]
+        if a.shape != b.shape or not torch.equal(a.read(), b.read()):
+            raise WeightsError(
+                f"{a.file}: {copy!r} and {original!r} are one matrix by the config (tie_word_embeddings), but the file holds two different ones: "
+                "set tie_word_embeddings to false in config.json if the model was trained so."
+            )
+
+
+@typed(WeightsError)
+def load(path: str | os.PathLike[str], device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> own.Loaded:
+    """The model at ``path``, its tokenizer and settings: our own format, a Hugging Face folder, a .gguf file, or ``hf://owner/name``.
+
+    In one word :func:`open` and :meth:`Opened.load`; of a foreign checkpoint ``extra`` holds its ``config`` and ``generation`` settings.
+    """
+    found = str(path)
+    if not found.startswith("hf://") and ((at := Path(path)).is_dir() or not at.exists()) and not (at / "config.json").exists() and not any(at.glob("*.gguf")):
+        return own.load(path, device, dtype)
+    opened = open(path)
+    if opened.family is None:
+        return own.load(path, device, dtype)
+    model, report = opened.load(dtype, device)
+    extra = {"config": opened.config} | ({"generation": opened.generation} if opened.generation else {})
+    return own.Loaded(model, opened.tokenizer, extra, report)
