@@ -12,9 +12,10 @@ WHERE = {
     "model": ("The model", ""),
     "block": ("A block", "blocks.{i}."),
     "attention": ("Attention (`attn`, and `cross` in a decoder that reads an encoder)", "blocks.{i}.attn."),
+    "latent": ("Latent attention (besides those of attention)", "blocks.{i}.attn."),
     "feedforward": ("Feed-forward", "blocks.{i}.ffn."),
-    "experts": ("Mixture of experts", "blocks.{i}.experts."),
-    "norm": ("Norms (`norm1`, `norm2`, `norm_cross`, `norm1_post`…, `final_norm`, `attn.q_norm`, `attn.k_norm`)", "blocks.{i}.norm1."),
+    "experts": ("Mixture of experts (a shared expert has the sites of its feed-forward under `experts.shared`)", "blocks.{i}.experts."),
+    "norm": ("Norms (`norm1`, `norm2`, `norm_cross`, `norm1_post`…, `final_norm`, `attn.q_norm`, `attn.k_norm`, `attn.kv_norm`)", "blocks.{i}.norm1."),
 }
 HEAD = """# Sites
 
@@ -22,7 +23,7 @@ Every value that can be looked at or changed, declared once in `core/sites.py` (
 `model.sites()` lists those of one model. In an encoder-decoder paths begin with `encoder.` or `decoder.`.
 
 Axes: `b` batch, `t` query position, `s` key position, `h` head, `g` key/value head, `k` head size, `d` model width, `f` feed-forward width,
-`v` vocabulary or classes, `e` expert, `c` chosen expert, `1` an axis of size one.
+`v` vocabulary or classes, `e` expert, `c` chosen expert, `r` rank of a latent, `w` width of a factorised embedding, `1` an axis of size one.
 """
 
 

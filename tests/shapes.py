@@ -33,14 +33,23 @@ def sizes(model: Any, path: str, b: int, t: int, source_t: int) -> dict[str, set
         spec = getattr(spec, name)
         t = source_t if name == "encoder" else t
         s = source_t if name == "encoder" or ".cross." in path else t
-    found = {"b": b, "t": t, "s": s, "d": spec.d_model, "1": 1, "v": getattr(spec.readout, "n_classes", spec.vocab_size)}
+    found = {
+        "b": b,
+        "t": t,
+        "s": s,
+        "d": spec.d_model,
+        "w": spec.embedding.lift.widths(spec.d_model)[1],
+        "1": 1,
+        "v": getattr(spec.readout, "n_classes", spec.vocab_size),
+    }
     if path.startswith("blocks."):
         block = spec.blocks[int(path.split(".")[1])]
         attention = block.cross if ".cross." in path else block.attention
         h, g, k, value = attention.sizes(spec.d_model)
         last = path.rsplit(".", 1)[-1]
         found |= {"h": h, "g": g, "k": value if last in ("v", "z") else k}
-        ff = block.feedforward
+        ff = block.feedforward.shared if ".shared." in path else block.feedforward
+        found["r"] = getattr(attention, "q_lora_rank" if last == "q_latent" else "kv_lora_rank", 0)
         found |= {"f": getattr(ff, "d_ff", 0), "e": getattr(ff, "n_experts", 0), "c": getattr(ff, "top_k", 0)}
     return {a: {n} for a, n in found.items()}
 

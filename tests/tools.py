@@ -22,24 +22,17 @@ from glassformer.core.spec import Spec
 from glassformer.models import Block, Decoder, Encoder, EncoderDecoder, EncoderDecoderModel
 from glassformer.models.init import BERT_INIT, XAVIER_INIT
 from glassformer.parts.attention import Attention
-from glassformer.parts.embed import Embedding, InverseSqrtWidth, SqrtWidth, Times
+from glassformer.parts.embed import Embedding, InverseSqrtWidth, LiftSum, LiftTokens, SqrtWidth, Times
 from glassformer.parts.experts import Experts
-from glassformer.parts.feedforward import Gated, Plain
+from glassformer.parts.feedforward import ClampedGated, Gated, Plain
 from glassformer.parts.kernels import Sigmoid, SoftmaxPlusOne, SoftmaxSink
-from glassformer.parts.norm import DynamicTanh, LayerNorm, NoNorm, RMSNorm
-from glassformer.parts.position import (
-    ALiBi,
-    Learned,
-    LinearScaling,
-    Llama3Scaling,
-    NTKScaling,
-    Rotary,
-    Sinusoidal,
-    T5Buckets,
-    YaRNScaling,
-)
+from glassformer.parts.latent import LatentAttention
+from glassformer.parts.norm import DynamicTanh, Joint, LayerNorm, NoNorm, RMSNorm
+from glassformer.parts.position import ALiBi, Learned, Sinusoidal, T5Buckets
 from glassformer.parts.readout import Classifier, Dense, First, LanguageModel, Last, Mean, Tagger, Vector
-from glassformer.parts.wiring import Parallel, PostNorm, Sandwich
+from glassformer.parts.rotary import DynamicNTKScaling, LinearScaling, Llama3Scaling, LongRope, NTKScaling, Rotary, YaRNScaling
+from glassformer.parts.routing import Groups, SigmoidRouting, SoftmaxRouting
+from glassformer.parts.wiring import Parallel, PostNorm, PreNorm, ReorderedNorm, Sandwich
 
 D, VOCAB, T = 24, 31, 9
 
@@ -62,6 +55,12 @@ def gemma2() -> Decoder:
     return Decoder(VOCAB, D, (local, block), final_norm=norm, tied=True, embedding=Embedding(scale=SqrtWidth()), readout=LanguageModel(cap=3.0))
 
 
+def first_bare() -> Decoder:
+    """The first attention reads the embedding's norm and has none of its own (ModernBERT)."""
+    block = Block(Attention(4, position=Rotary(base=100.0), mask=Window(5)), Gated(32, act="gelu"), norm=LayerNorm(bias=False))
+    return Decoder(VOCAB, D, (block.replace(wiring=PreNorm(bare=("attn",))), block), embedding=Embedding(norm=LayerNorm(bias=False)))
+
+
 def bert(readout: Any = None, attention: Attention | None = None) -> Encoder:
     norm = LayerNorm(eps=1e-12)
     block = Block(attention or Attention(4, qkv_bias=True, out_bias=True), Plain(32, bias=True), norm=norm, wiring=PostNorm())
@@ -76,6 +75,37 @@ def bert(readout: Any = None, attention: Attention | None = None) -> Encoder:
         readout=LanguageModel(bias=True, transform=Dense("gelu", norm)) if readout is None else readout,
         init=BERT_INIT,
     )
+
+
+def electra(readout: Any, width: int = 10) -> Encoder:
+    """A table narrower than the stream, lifted after positions, types and norm."""
+    return bert(readout).replace(embedding=Embedding(n_types=2, norm=LayerNorm(eps=1e-12), lift=LiftSum(width)))
+
+
+def narrow_opt() -> Decoder:
+    """A table narrower than the stream, lifted before positions; the tied read-out narrows first."""
+    attention, narrow = Attention(4, qkv_bias=True, out_bias=True), Dense("identity", bias=False, width=10)
+    return decoder(
+        attention,
+        Plain(32, act="relu", bias=True),
+        norm=LayerNorm(),
+        wiring=PostNorm(),
+        final_norm=NoNorm(),
+        tied=True,
+        position=Learned(40, offset=2),
+        embedding=Embedding(lift=LiftTokens(10)),
+        readout=LanguageModel(transform=narrow),
+    )
+
+
+def bart() -> EncoderDecoder:
+    """Post-norm halves of other depths, a normed and scaled embedding, a bias on the logits."""
+    attention = Attention(4, qkv_bias=True, out_bias=True)
+    block = Block(attention, Plain(32, bias=True), norm=LayerNorm(), wiring=PostNorm())
+    common: dict[str, Any] = {"final_norm": NoNorm(), "tied": True, "position": Learned(40, offset=2), "init": BERT_INIT}
+    common["embedding"] = Embedding(scale=SqrtWidth(), norm=LayerNorm())
+    narrow = block.replace(feedforward=Plain(20, bias=True), cross=attention)
+    return EncoderDecoder(Encoder(VOCAB, D, (block,), **common), Decoder(VOCAB, D, (narrow,) * 2, readout=LanguageModel(bias=True), **common), start=2)
 
 
 def t5() -> EncoderDecoder:
@@ -119,6 +149,7 @@ DECODERS: dict[str, Spec] = {
         position=Learned(40),
     ),
     "opt": decoder(Attention(4), Plain(32, act="relu"), position=Learned(40, offset=2), norm=LayerNorm()),
+    "opt-narrow": narrow_opt(),
     "llama": rotary(),
     "gptj": decoder(Attention(4, position=Rotary(fraction=2 / 3, layout="interleaved")), wiring=Parallel(), norm=LayerNorm()),
     "neox": decoder(Attention(4, position=Rotary(fraction=0.34)), wiring=Parallel(norms=2), norm=LayerNorm()),
@@ -127,6 +158,8 @@ DECODERS: dict[str, Spec] = {
     "ntk": rotary(scaling=NTKScaling(2.0)),
     "yarn": rotary(scaling=YaRNScaling(2.0, 16, beta_fast=4.0)),
     "llama3": rotary(scaling=Llama3Scaling(2.0, original_context=16)),
+    "dynamic-ntk": rotary(scaling=DynamicNTKScaling(2.0, 16)),
+    "longrope": rotary(scaling=LongRope((1.0, 1.1, 1.3), (1.5, 2.0, 4.0), 16, factor=2.0)),
     "alibi": decoder(Attention(6, n_kv_heads=2, position=ALiBi())),
     "alibi-of-model": decoder(Attention(6), position=ALiBi()),
     "t5-own": decoder(Attention(4, position=T5Buckets(8, 12, bidirectional=False))),
@@ -143,8 +176,25 @@ DECODERS: dict[str, Spec] = {
     "halves": decoder(Attention(4, dropout=0.1), position=Sinusoidal(base=100.0, layout="halves"), embedding=Embedding(scale=Times(0.5))),
     "tanh": decoder(Attention(4, qk_norm=LayerNorm()), Plain(32, act="tanh", dropout=0.1), norm=DynamicTanh(), final_norm=DynamicTanh(0.7)),
     "qk-norm": decoder(Attention(4, n_kv_heads=2, qk_norm=RMSNorm(), position=Rotary(), d_value=5, scale=1.0), Gated(32, act="gelu", bias=True)),
+    "olmo2": decoder(Attention(4, n_kv_heads=2, d_head=5, qk_norm=Joint(RMSNorm(eps=1e-5)), position=Rotary(fraction=0.4)), Gated(32), wiring=ReorderedNorm()),
+    "first-bare": first_bare(),
     "experts": decoder(Attention(4), Experts(4, 2, Gated(16)), position=Learned(40)),
     "experts-plain": decoder(Attention(4), Experts(3, 1, Plain(16, act="silu"), normalise=False, balance=0.0), norm=LayerNorm()),
+    "experts-shared": decoder(Attention(4), Experts(6, 2, Gated(8), shared=Gated(20), normalise=False, routing=SoftmaxRouting(groups=Groups(3, 2), scale=1.5))),
+    "experts-sigmoid": decoder(
+        Attention(4, n_kv_heads=2, position=Rotary()), Experts(8, 3, Gated(8), shared=Gated(12), routing=SigmoidRouting(groups=Groups(4, 2, best=2), scale=2.5))
+    ),
+    "experts-clamped": decoder(
+        Attention(4, n_kv_heads=1, normaliser=SoftmaxSink(), qkv_bias=True, out_bias=True),
+        Experts(4, 2, ClampedGated(10, limit=1.5), routing=SoftmaxRouting(bias=True)),
+        position=Learned(40),
+    ),
+    "latent": decoder(LatentAttention(4, 10, d_nope=6, d_rope=4, d_value=5, q_lora_rank=12, position=Rotary(base=100.0, layout="interleaved")), Gated(32)),
+    "latent-window": decoder(
+        LatentAttention(3, 7, d_nope=4, d_rope=6, position=Rotary(base=100.0), mask=Window(4), cap=6.0, scale=0.4, down_bias=True, out_bias=True),
+        ClampedGated(16),
+    ),
+    "latent-sink": decoder(LatentAttention(4, 8, d_nope=4, d_rope=2, position=ALiBi(), normaliser=SoftmaxSink(), norm=LayerNorm()), norm=LayerNorm()),
 }
 ENCODERS: dict[str, Spec] = {
     "bert": bert(),
@@ -153,11 +203,13 @@ ENCODERS: dict[str, Spec] = {
     "not-window": Encoder(VOCAB, D, (Block(Attention(4, mask=~Window(2) | Window(1)), Gated(32)),) * 2),
     "t5-encoder": Encoder(VOCAB, D, (Block(Attention(4), Gated(32)),) * 2, position=T5Buckets(8, 12)),
     "tagger": bert(Tagger(5, dropout=0.1)),
+    "electra": electra(LanguageModel(bias=True, transform=Dense("gelu", LayerNorm(eps=1e-12), width=10))),
+    "discriminator": electra(Tagger(1, transform=Dense("gelu"))),
     "classifier": bert(Classifier(3, pool=First(), transform=Dense("tanh"))),
     "classifier-last": bert(Classifier(3, pool=Last(), dropout=0.1)),
     "vector": bert(Vector(pool=Mean(), transform=Dense("identity", LayerNorm()), normalise=True)),
 }
-PAIRS: dict[str, Spec] = {"t5": t5(), "vaswani": vaswani(), "unlike-halves": unlike_halves()}
+PAIRS: dict[str, Spec] = {"t5": t5(), "vaswani": vaswani(), "bart": bart(), "unlike-halves": unlike_halves()}
 CAUSAL = DECODERS | PAIRS
 ALL = DECODERS | ENCODERS | PAIRS
 assert isinstance(Not(Window(1)), Spec)

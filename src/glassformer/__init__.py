@@ -70,25 +70,22 @@ if TYPE_CHECKING:
     from .models.init import Init as Init, Normal as Normal, Rule as Rule
     from .models.presets import preset as preset
     from .parts.attention import Attention as Attention
-    from .parts.embed import Embedding as Embedding, InverseSqrtWidth as InverseSqrtWidth, SqrtWidth as SqrtWidth
-    from .parts.experts import Experts as Experts
-    from .parts.feedforward import Gated as Gated, Plain as Plain
-    from .parts.kernels import Sigmoid as Sigmoid, Softmax as Softmax, SoftmaxPlusOne as SoftmaxPlusOne, SoftmaxSink as SoftmaxSink
-    from .parts.norm import DynamicTanh as DynamicTanh, LayerNorm as LayerNorm, NoNorm as NoNorm, RMSNorm as RMSNorm
-    from .parts.position import (
-        ALiBi as ALiBi,
-        Learned as Learned,
-        LinearScaling as LinearScaling,
-        Llama3Scaling as Llama3Scaling,
-        NoPosition as NoPosition,
-        NTKScaling as NTKScaling,
-        Rotary as Rotary,
-        Sinusoidal as Sinusoidal,
-        T5Buckets as T5Buckets,
-        YaRNScaling as YaRNScaling,
+    from .parts.embed import (
+        Embedding as Embedding,
+        InverseSqrtWidth as InverseSqrtWidth,
+        LiftSum as LiftSum,
+        LiftTokens as LiftTokens,
+        SqrtWidth as SqrtWidth,
     )
+    from .parts.experts import Experts as Experts
+    from .parts.feedforward import ClampedGated as ClampedGated, Gated as Gated, Plain as Plain
+    from .parts.kernels import Sigmoid as Sigmoid, Softmax as Softmax, SoftmaxPlusOne as SoftmaxPlusOne, SoftmaxSink as SoftmaxSink
+    from .parts.latent import LatentAttention as LatentAttention
+    from .parts.norm import DynamicTanh as DynamicTanh, Joint as Joint, LayerNorm as LayerNorm, NoNorm as NoNorm, RMSNorm as RMSNorm
+    from .parts.position import ALiBi as ALiBi, Learned as Learned, NoPosition as NoPosition, Sinusoidal as Sinusoidal, T5Buckets as T5Buckets
     from .parts.readout import (
         Classifier as Classifier,
+        Dense as Dense,
         First as First,
         LanguageModel as LanguageModel,
         Last as Last,
@@ -97,7 +94,17 @@ if TYPE_CHECKING:
         Tagger as Tagger,
         Vector as Vector,
     )
-    from .parts.wiring import Parallel as Parallel, PostNorm as PostNorm, PreNorm as PreNorm, Sandwich as Sandwich
+    from .parts.rotary import (
+        DynamicNTKScaling as DynamicNTKScaling,
+        LinearScaling as LinearScaling,
+        Llama3Scaling as Llama3Scaling,
+        LongRope as LongRope,
+        NTKScaling as NTKScaling,
+        Rotary as Rotary,
+        YaRNScaling as YaRNScaling,
+    )
+    from .parts.routing import Groups as Groups, SigmoidRouting as SigmoidRouting, SoftmaxRouting as SoftmaxRouting
+    from .parts.wiring import Parallel as Parallel, PostNorm as PostNorm, PreNorm as PreNorm, ReorderedNorm as ReorderedNorm, Sandwich as Sandwich
     from .tasks import Batch as Batch, Loss as Loss, NextToken as NextToken, Task as Task
     from .text import Piece as Piece, Tokenizer as Tokenizer
     from .train import (
@@ -172,28 +179,41 @@ _DOOR: dict[str, tuple[str, ...]] = {
         "NoPosition",
         "Sinusoidal",
         "Learned",
-        "Rotary",
         "ALiBi",
         "T5Buckets",
+    ),
+    "parts.rotary": (
+        "Rotary",
         "LinearScaling",
         "NTKScaling",
+        "DynamicNTKScaling",
         "YaRNScaling",
         "Llama3Scaling",
+        "LongRope",
     ),
     "parts.norm": (
         "LayerNorm",
         "RMSNorm",
+        "Joint",
         "DynamicTanh",
         "NoNorm",
     ),
     "parts.feedforward": (
         "Plain",
         "Gated",
+        "ClampedGated",
     ),
     "parts.experts": ("Experts",),
+    "parts.routing": (
+        "SoftmaxRouting",
+        "SigmoidRouting",
+        "Groups",
+    ),
+    "parts.latent": ("LatentAttention",),
     "parts.wiring": (
         "PreNorm",
         "PostNorm",
+        "ReorderedNorm",
         "Sandwich",
         "Parallel",
     ),
@@ -201,11 +221,14 @@ _DOOR: dict[str, tuple[str, ...]] = {
         "Embedding",
         "SqrtWidth",
         "InverseSqrtWidth",
+        "LiftTokens",
+        "LiftSum",
     ),
     "parts.readout": (
         "LanguageModel",
         "Classifier",
         "Tagger",
+        "Dense",
         "States",
         "Vector",
         "First",

@@ -5,12 +5,13 @@ from __future__ import annotations
 from glassformer.core.sites import HEAD_AXIS, TABLE
 from tools import ALL, built
 
-LETTERS = set("bthsgkdfvec1")
+LETTERS = set("bthsgkdfvec1r")
 # As the design names them.
 DESIGN = {
     "model": {"embed", "pos_embed", "resid_final", "logits"},
     "block": {"resid_pre", "resid_mid", "resid_mid_cross", "resid_post"},
     "attention": {"in", "q", "k", "v", "q_rot", "k_rot", "scores", "pattern", "z", "result", "out"},
+    "latent": {"latent", "q_latent"},
     "feedforward": {"in", "pre", "gate", "post", "out"},
     "experts": {"in", "router", "chosen", "out"},
     "norm": {"scale"},

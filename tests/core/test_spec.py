@@ -17,7 +17,8 @@ from glassformer.models.presets import preset
 from glassformer.parts.attention import Attention
 from glassformer.parts.feedforward import FeedForward, Gated, Plain
 from glassformer.parts.norm import LayerNorm, Norm, RMSNorm
-from glassformer.parts.position import ALiBi, LinearScaling, Rotary
+from glassformer.parts.position import ALiBi
+from glassformer.parts.rotary import LinearScaling, Rotary
 
 BLOCK = Block(Attention(4, position=Rotary()), Gated(32), norm=RMSNorm(eps=1e-5))
 SPEC = Decoder(31, 24, (BLOCK,) * 3)
@@ -160,7 +161,7 @@ def test_numbers_of_yaml_become_what_the_field_needs():
 @pytest.mark.parametrize(
     ("kind", "data", "said"),
     [
-        (Norm, "LayerNrm", r"No part of kind Norm is named 'LayerNrm'\. Did you mean 'LayerNorm'\? Known: DynamicTanh, LayerNorm, NoNorm, RMSNorm\."),
+        (Norm, "LayerNrm", r"No part of kind Norm is named 'LayerNrm'\. Did you mean 'LayerNorm'\? Known: DynamicTanh, Joint, LayerNorm, NoNorm, RMSNorm\."),
         (Norm, "Gated", r"No part of kind Norm is named 'Gated'\."),
         (Norm, {"type": "RMSNorm", "epsilon": 1}, r"Norm: RMSNorm has no field 'epsilon'\..* It has: eps, offset, cast\."),
         (Norm, {"type": "RMSNorm", "eps": "small"}, r"Norm\.eps is a number, but 'small' was given\."),
@@ -208,7 +209,7 @@ def test_any_spec_survives_plain_data_and_its_own_repr(spec):
 
 
 def test_the_registry_lists_by_kind():
-    assert list(registered(Norm)) == ["DynamicTanh", "LayerNorm", "NoNorm", "RMSNorm"]
+    assert list(registered(Norm)) == ["DynamicTanh", "Joint", "LayerNorm", "NoNorm", "RMSNorm"]
     assert part_named("LayerNorm") is LayerNorm and set(registered(Norm)) < set(registered())
     with pytest.raises(SpecError, match=r"No part is named 'Laier'"):
         part_named("Laier")

@@ -15,8 +15,9 @@ from glassformer.models.transformer import Decoder, Encoder
 from glassformer.parts.attention import Attention
 from glassformer.parts.feedforward import Gated, Plain
 from glassformer.parts.norm import LayerNorm, RMSNorm
-from glassformer.parts.position import ALiBi, Learned, Rotary, T5Buckets
+from glassformer.parts.position import ALiBi, Learned, T5Buckets
 from glassformer.parts.readout import Classifier, States, Tagger, Vector
+from glassformer.parts.rotary import Rotary
 
 torch.set_num_threads(1)
 

@@ -10,7 +10,7 @@ from glassformer.core.tap import Record
 from glassformer.models import Block, Decoder, Encoder
 from glassformer.parts.attention import Attention
 from glassformer.parts.feedforward import Gated
-from glassformer.parts.position import Rotary
+from glassformer.parts.rotary import Rotary
 from tools import CAUSAL, DECODERS, VOCAB, D, T, a_pass, built, call, each, fresh, same, source, tokens
 
 F64 = torch.float64

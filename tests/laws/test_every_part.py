@@ -44,6 +44,8 @@ def test_a_variant_runs_and_differentiates(name):
     assert torch.isfinite(out).all()
     out.square().sum().backward()
     for path, x in model.named_parameters():
+        if not x.requires_grad:  # a correction that only a choice depends on
+            continue
         assert x.grad is not None and torch.isfinite(x.grad).all(), path
         if not path.endswith("types") and "experts" not in path:
             assert x.grad.abs().sum() > 0, f"no gradient reaches {path}"

@@ -17,7 +17,7 @@ from glassformer.parts.embed import Embedding
 from glassformer.parts.experts import Experts
 from glassformer.parts.feedforward import Gated, Plain
 from glassformer.parts.norm import DynamicTanh, LayerNorm, NoNorm, RMSNorm
-from glassformer.parts.position import Rotary
+from glassformer.parts.rotary import Rotary
 from glassformer.parts.wiring import Parallel, PostNorm, PreNorm, Sandwich
 from tools import ALL, DECODERS, VOCAB, D, a_pass, built, call, each, fresh, same, tokens
 

@@ -17,20 +17,9 @@ from glassformer.parts.embed import Embedding
 from glassformer.parts.experts import Experts
 from glassformer.parts.feedforward import Gated, Plain
 from glassformer.parts.norm import RMSNorm
-from glassformer.parts.position import (
-    ALiBi,
-    Learned,
-    LinearScaling,
-    Llama3Scaling,
-    NTKScaling,
-    Position,
-    PositionLayer,
-    Rotary,
-    Sinusoidal,
-    T5Buckets,
-    YaRNScaling,
-)
+from glassformer.parts.position import ALiBi, Learned, Position, PositionLayer, Sinusoidal, T5Buckets
 from glassformer.parts.readout import Classifier, Tagger, Vector
+from glassformer.parts.rotary import LinearScaling, Llama3Scaling, NTKScaling, Rotary, YaRNScaling
 from glassformer.parts.wiring import Parallel
 from tools import VOCAB, D, a_pass, built, tokens
 

@@ -7,7 +7,7 @@ import torch
 
 from glassformer.core.errors import SpecError
 from glassformer.models.presets import names, preset
-from glassformer.parts.position import Llama3Scaling
+from glassformer.parts.rotary import Llama3Scaling
 
 
 def test_names():

@@ -21,18 +21,9 @@ from glassformer.parts.experts import Experts
 from glassformer.parts.feedforward import ACTIVATIONS, Gated, Plain, activation
 from glassformer.parts.kernels import Rule, Sigmoid, Softmax, SoftmaxPlusOne, SoftmaxSink, explicit, pattern_of, scores_of
 from glassformer.parts.norm import DynamicTanh, LayerNorm, RMSNorm
-from glassformer.parts.position import (
-    ALiBi,
-    Learned,
-    LinearScaling,
-    Llama3Scaling,
-    NTKScaling,
-    Rotary,
-    Sinusoidal,
-    T5Buckets,
-    YaRNScaling,
-)
+from glassformer.parts.position import ALiBi, Learned, Sinusoidal, T5Buckets
 from glassformer.parts.readout import Classifier, Dense, First, LanguageModel, Last, Mean, Vector
+from glassformer.parts.rotary import LinearScaling, Llama3Scaling, NTKScaling, Rotary, YaRNScaling
 from oracle import papers
 from tools import draw, fresh, tokens
 

@@ -18,8 +18,8 @@ from glassformer.parts.embed import Embedding, SqrtWidth
 from glassformer.parts.experts import Experts
 from glassformer.parts.feedforward import Gated, Plain
 from glassformer.parts.norm import LayerNorm, RMSNorm
-from glassformer.parts.position import LinearScaling, Llama3Scaling, NTKScaling, Rotary, Unscaled, YaRNScaling
 from glassformer.parts.readout import LanguageModel
+from glassformer.parts.rotary import LinearScaling, Llama3Scaling, NTKScaling, Rotary, Unscaled, YaRNScaling
 from glassformer.parts.wiring import Parallel, Sandwich
 from parity.reference import VOCAB, fill, greedy_together, hold_together, joined, lively, tokens
 

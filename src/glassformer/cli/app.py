@@ -19,7 +19,7 @@ import typer
 
 from .. import __version__
 from ..core.errors import CheckpointError, GlassformerError, TrainingError
-from . import dimensions, evaluate, generate, look, params, tokenizer, train
+from . import convert, dimensions, evaluate, generate, inspect, look, params, tokenizer, train, verify
 
 OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
@@ -36,8 +36,11 @@ app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("look")(look.look)
+app.command("inspect")(inspect.inspect)
+app.command("convert")(convert.convert)
 app.command("dimensions")(dimensions.dimensions)
 app.command("params")(params.params)
+app.command("verify")(verify.verify)
 app.add_typer(tokenizer.app, name="tokenizer")
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="The folder of a trained model.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A trained model: its folder (ours, or from the hub), a .gguf file, or hf://owner/name.")],
     prompt: Annotated[str, typer.Argument(help="The text to continue; '-' reads it from standard input.")],
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most so many tokens.")] = 200,
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 takes the most probable token each time; higher is bolder.")] = 0.8,
@@ -24,18 +24,23 @@ def generate(
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text. Repeatable.")] = None,
     logprobs: Annotated[int, typer.Option("--logprobs", metavar="N", help="One line per token: its probability and the N most probable ones.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a message, put into the model's own chat template.")] = False,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, ...; by default as the file has it.")] = None,
+    packed: Annotated[bool, typer.Option("--packed", help="Keep the quantised matrices of a .gguf file packed in memory.")] = False,
+    quantise: Annotated[str | None, typer.Option("--quantise", metavar="KIND", help="int8 or int4: quantise the matrices while loading.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps; by default the best there is.")] = None,
 ) -> None:
     """Continue a prompt with a trained model, token by token as they come."""
     from ..infer import stream
     from .models import open_model, tokenizer_of
 
-    loaded = open_model(model, device)
+    loaded = open_model(model, device, dtype, packed, quantise)
     text = _standard_input() if prompt == "-" else prompt
     tokens = stream(
         loaded.model,
-        text,
+        loaded.chat([{"role": "user", "content": text}]) if chat else text,
         tokenizer=tokenizer_of(loaded, model),
+        eos_id=loaded.eos_ids,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -50,7 +55,8 @@ def generate(
         for token in tokens:
             print(_line(token))
         return
-    print(text, end="", flush=True)
+    if not chat:
+        print(text, end="", flush=True)
     for token in tokens:
         print(token.text, end="", flush=True)
     print()

@@ -1,4 +1,4 @@
-"""What PRESET_OR_DIR means: a folder with a saved model, or the name of a preset."""
+"""What PRESET_OR_DIR means: a saved model (a folder of ours or of the hub's format, a .gguf file, hf://owner/name), or the name of a preset."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..core.errors import RecipeError, TokenizerError, WeightsError, did_you_mean
 from ..core.numerics import device_named, devices
 from ..models import presets
-from ..weights import own
+from ..weights import opened, own
 from .recipe import override, unknown_part
 
 if TYPE_CHECKING:
@@ -29,25 +29,36 @@ def pick_device(name: str | None) -> str:
     return devices()[0] if name is None else str(device_named(name))
 
 
-def open_model(folder: str, device: str | None = None) -> own.Loaded:
-    """The saved model in ``folder``, ready to run. Raises :class:`WeightsError` with the remedy for anything else."""
-    if not Path(folder).is_dir():
-        remedy = "A preset has no trained weights: train one first" if folder in presets.names() else "Train one first"
-        raise WeightsError(f"There is no folder {folder!r} with a model in it. {remedy}: glassformer train shakespeare_quick --out {folder}.")
-    loaded = _load(folder, pick_device(device))
-    if (path := own.find(Path(folder))) != Path(folder):
+def open_model(name: str, device: str | None = None, dtype: str | None = None, packed: bool = False, quantise: str | None = None) -> own.Loaded:
+    """The saved model at ``name``, ready to run. Raises :class:`WeightsError` with the remedy for anything else."""
+    if not is_checkpoint(name):
+        remedy = "A preset has no trained weights: train one first" if name in presets.names() else "Train one first"
+        raise WeightsError(f"There is no model at {name!r}. {remedy}: glassformer train shakespeare_quick --out {name}.")
+    loaded = _load(name, pick_device(device), dtype, packed, quantise)
+    if is_own(name) and (path := own.find(Path(name))) != Path(name):
         untrained = ", which has learnt nothing yet" if loaded.extra.get("step") == 0 else ""
-        print(f"note: the run in {folder} is not finished; this is its checkpoint {path.name}{untrained}", file=sys.stderr)
+        print(f"note: the run in {name} is not finished; this is its checkpoint {path.name}{untrained}", file=sys.stderr)
     return loaded
 
 
-def _load(folder: str, device: str = "cpu") -> own.Loaded:
+def is_checkpoint(name: str) -> bool:
+    """Whether something lies there that may be a model, rather than the name of a preset."""
+    return name.startswith("hf://") or Path(name).exists()
+
+
+def is_own(name: str) -> bool:
+    """Whether it is a folder in glassformer's own format (or meant to be one)."""
+    folder = Path(name)
+    return folder.is_dir() and not (folder / "config.json").exists() and not any(folder.glob("*.gguf"))
+
+
+def _load(name: str, device: str = "cpu", dtype: str | None = None, packed: bool = False, quantise: str | None = None) -> own.Loaded:
     try:
-        return own.load(folder, device=device)
+        return opened.load(name, device, dtype, packed=packed, quantise=quantise)
     except WeightsError as error:
         if unknown_part(error.__cause__):
             raise WeightsError(
-                f"{error} A part of your own is known only after its module was imported: in Python, import it, then glassformer.load({folder!r})."
+                f"{error} A part of your own is known only after its module was imported: in Python, import it, then glassformer.load({name!r})."
             ) from error
         raise
 
@@ -55,17 +66,20 @@ def _load(folder: str, device: str = "cpu") -> own.Loaded:
 def tokenizer_of(loaded: own.Loaded, folder: str) -> Tokenizer:
     """The tokenizer beside a model. Raises :class:`TokenizerError` if there is none."""
     if loaded.tokenizer is None:
-        raise TokenizerError(f"{folder} has no tokenizer.json, so text means nothing to its model: put the one that it was trained with beside model.json.")
+        raise TokenizerError(f"{folder} has no tokenizer.json, so text means nothing to its model: put the one that it was trained with into that folder.")
     return loaded.tokenizer
 
 
 def open_shape(name: str, sets: Iterable[str] = ()) -> Shape:
     """The preset of that name (changed by ``--set``) or the saved model in that folder."""
-    if Path(name).is_dir():
-        loaded = _load(name)
+    if is_checkpoint(name):
         if list(sets):
             raise RecipeError(f"{name!r} is a saved model, whose sizes are fixed; --set changes presets only. Leave --set out, or name a preset.")
-        return Shape(loaded.model, loaded.tokenizer)
+        if is_own(name):
+            loaded = _load(name)
+            return Shape(loaded.model, loaded.tokenizer)
+        found = opened.open(name)
+        return Shape(found.spec.build(device="meta"), found.tokenizer)
     known = presets.names()
     if name not in known:
         raise RecipeError(f"{name!r} is neither a folder with a model nor a preset.{did_you_mean(name, known)} Presets: {', '.join(known)}.")

@@ -5,7 +5,7 @@ This table is the only place where a site is declared. It feeds the documentatio
 
 Axes: ``b`` batch, ``t`` query position, ``s`` key position, ``h`` head, ``g`` key/value head,
 ``k`` head size, ``d`` model width, ``f`` feed-forward width, ``v`` vocabulary or classes,
-``e`` expert, ``c`` chosen expert, ``1`` an axis of size one.
+``e`` expert, ``c`` chosen expert, ``r`` rank of a latent, ``w`` width of a factorised embedding's table, ``1`` an axis of size one.
 
 The full path of a site is where its part stands in the model plus its name:
 ``blocks.3.attn.pattern``, ``blocks.0.norm1.scale``, ``decoder.blocks.2.cross.z``.
@@ -33,8 +33,8 @@ class SiteInfo(NamedTuple):
 
 
 # The model as a whole
-EMBED = Site("embed", "b t d", "token embedding (with token types and scale, before positions)")
-POS_EMBED = Site("pos_embed", "t d", "what the position encoding adds to the embedding (b t d if rows have positions of their own)")
+EMBED = Site("embed", "b t d", "token embedding (with token types and scale, before positions; b t w if the finished sum is lifted to the stream)")
+POS_EMBED = Site("pos_embed", "t d", "what the position encoding adds to the embedding (b t d if rows have positions of their own; w as in embed)")
 RESID_FINAL = Site("resid_final", "b t d", "the stream after the last block, after the final norm: what the read-out reads")
 LOGITS = Site("logits", "b t v", "scores over the vocabulary (or classes) before soft-max")
 
@@ -57,6 +57,10 @@ Z = Site("z", "b t h k", "pattern-weighted sum of values, per head")
 RESULT = Site("result", "b t h d", "each head's own output in the stream's space (computed only when asked for); they and the bias sum to out")
 ATTN_OUT = Site("out", "b t d", "what the attention layer returns")
 
+# A latent attention layer has these too
+LATENT = Site("latent", "b s r", "the vector that each position's keys and values are made from, and all that a cache keeps of it but the rotated key")
+Q_LATENT = Site("q_latent", "b t r", "the vector that each position's queries are made from (where they are)")
+
 # A feed-forward layer
 FFN_IN = Site("in", "b t d", "what the feed-forward layer reads")
 FFN_PRE = Site("pre", "b t f", "hidden units before the activation (gated: the values that the gate multiplies)")
@@ -77,6 +81,7 @@ TABLE: dict[str, tuple[Site, ...]] = {
     "model": (EMBED, POS_EMBED, RESID_FINAL, LOGITS),
     "block": (RESID_PRE, RESID_MID, RESID_MID_CROSS, RESID_POST),
     "attention": (ATTN_IN, Q, K, V, Q_ROT, K_ROT, SCORES, PATTERN, Z, RESULT, ATTN_OUT),
+    "latent": (LATENT, Q_LATENT),
     "feedforward": (FFN_IN, FFN_PRE, FFN_GATE, FFN_POST, FFN_OUT),
     "experts": (EXPERTS_IN, ROUTER, CHOSEN, EXPERTS_OUT),
     "norm": (SCALE,),

@@ -127,6 +127,7 @@ class Spec:
     __dataclass_fields__: ClassVar[dict[str, Any]]
     _checks_fields: ClassVar[bool] = True
     _error: ClassVar[type[GlassformerError]] = SpecError  # for a field of the wrong type
+    _usual: ClassVar[str]  # of an abstract kind: the part that plain data without a type means
 
     @classmethod
     def _choices(cls) -> list[str]:
@@ -376,7 +377,7 @@ def _unplain_spec(data: Any, kind: type[S], where: str) -> S:
         data = {"type": data}
     if not isinstance(data, Mapping):
         raise SpecError(f"{where} is a {kind.__name__} (a name, or fields with a 'type'), but {data!r} was given.")
-    name = data.get("type", kind.__name__)
+    name = data.get("type", vars(kind).get("_usual", kind.__name__))
     cls = part_named(str(name), kind)
     hints = fields.hints(cls)
     known = [f.name for f in dataclasses.fields(cls)]

@@ -8,6 +8,7 @@ model.bytes()                       memory of weights, and of the cache per toke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,8 +21,9 @@ from glassformer.core.mask import And, Causal
 from glassformer.core.sites import SiteInfo
 from glassformer.core.spec import ranges
 from glassformer.core.tap import Tap
-from glassformer.parts.attention import AttentionLayer, CrossAttentionLayer, _Attention
+from glassformer.parts.attention import CrossAttentionLayer, _Attention
 from glassformer.parts.experts import ExpertsLayer
+from glassformer.parts.packed import Packed, PackedLinear, PackedReadOut
 
 
 class ParamRow(NamedTuple):
@@ -102,6 +104,7 @@ class Anatomy:
     def params(self) -> Params:
         """A table of parameters by layer and part that adds up to the exact total."""
         rows = [ParamRow(name, " x ".join(map(str, x.shape)), x.numel()) for name, x in self.named_parameters()]
+        rows += [_packed_row(name, m) for name, m in self.named_modules() if isinstance(m, Packed)]
         seen: dict[int, str] = {}
         tied = []
         for name, x in self.named_parameters(remove_duplicate=False):
@@ -125,10 +128,11 @@ class Anatomy:
 
     def bytes(self) -> Bytes:
         """Bytes of weights, and of cached keys and values per token of one row."""
-        weights = {id(x): x.numel() * x.element_size() for _, x in self.named_parameters()}
+        weights = {id(x): bytes_of(x) for _, x in self.named_parameters()}
+        weights |= {id(m): m.packed_bytes for m in self.modules() if isinstance(m, Packed)}
         half: Any = getattr(self, "decoder", self)  # an encoder reads its text once and keeps no keys
-        layers = [m for m in half.modules() if isinstance(m, AttentionLayer) and _causal(half)]
-        cache = sum(m.n_kv_heads * (m.d_head + m.d_value) * m.out.weight.element_size() for m in layers)
+        layers = [m for m in half.modules() if isinstance(m, _Attention) and _causal(half)]
+        cache = sum(m.cached * (m.out.like if isinstance(m.out, Packed) else m.out.weight).element_size() for m in layers)
         return Bytes(sum(weights.values()), cache)
 
     def dimensions(self, text: str | list[int] | int, tokenizer: Any = None) -> Dimensions:
@@ -151,6 +155,13 @@ class Anatomy:
             model(*((tokens, tokens) if hasattr(model, "encoder") else (tokens,)), tap=shapes)
         known: dict[str, SiteInfo] = {s.path: s for s in model.sites()}
         return Dimensions(said, n, tuple(Dimension(p, known[p].axes, s, known[p].meaning) for p, s in shapes.seen.items()))
+
+
+def bytes_of(x: Tensor) -> int:
+    """Bytes that a tensor takes; of one that torchao holds in few bits, those of the numbers and steps that it is made of."""
+    if hasattr(x, "tensor_data_names"):
+        return sum(bytes_of(getattr(x, name)) for name in x.__tensor_flatten__()[0])  # type: ignore[attr-defined]
+    return x.numel() * x.element_size()
 
 
 class _Shapes(Tap):
@@ -178,14 +189,20 @@ def _matrix_flops(model: Any) -> int:
     for module in model.modules():
         if isinstance(module, ExpertsLayer):
             share = module.spec.top_k / module.spec.n_experts
-            skipped |= {id(x): share for x in module.experts.parameters()}
+            skipped |= {id(m): share for m in module.experts.modules()}
     total = 0.0
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            total += 2 * module.weight.numel() * skipped.get(id(module.weight), 1.0)
-        elif hasattr(module, "tied"):
-            total += 2 * module.weight.numel()
+        if isinstance(module, PackedLinear | PackedReadOut):
+            total += 2 * math.prod(module.matrix_shape) * skipped.get(id(module), 1.0)
+        elif isinstance(module, nn.Linear) or hasattr(module, "tied"):
+            total += 2 * module.weight.numel() * skipped.get(id(module), 1.0)
     return int(total)
+
+
+def _packed_row(path: str, module: Packed) -> ParamRow:
+    """A packed matrix among the parameters: its numbers count, whatever they take in memory (``bytes`` says that)."""
+    rows, columns = module.matrix_shape
+    return ParamRow(f"{path.removesuffix('.table')}.weight", f"{rows} x {columns} {'+'.join(dict.fromkeys(module.types))}", rows * columns)
 
 
 def _attention_flops(layer: _Attention, context: int, causal: bool) -> int:

@@ -6,7 +6,7 @@ from torch import nn
 
 from glassformer.core.errors import SpecError
 from glassformer.core.spec import Spec, part
-from glassformer.parts.attention import Attention
+from glassformer.parts.attention import Attention, SelfAttention
 from glassformer.parts.feedforward import FeedForward, Plain
 from glassformer.parts.norm import LayerNorm, Norm
 from glassformer.parts.wiring import BlockLayer, PreNorm, Wiring
@@ -16,7 +16,7 @@ from glassformer.parts.wiring import BlockLayer, PreNorm, Wiring
 class Block(Spec):
     """One layer of a transformer. ``cross``: attention to an encoder's output, after self-attention. ``dropout``: on what each sublayer adds."""
 
-    attention: Attention
+    attention: SelfAttention
     feedforward: FeedForward = Plain(d_ff=256)
     norm: Norm = LayerNorm()
     wiring: Wiring = PreNorm()

@@ -48,6 +48,12 @@ class EncoderDecoder(Spec):
                 f"A shared embedding needs equal sizes, but the encoder has vocab_size={self.encoder.vocab_size}, d_model={self.encoder.d_model} "
                 f"and the decoder vocab_size={self.decoder.vocab_size}, d_model={self.decoder.d_model}: make them equal, or set shared=False."
             )
+        tables = [half.embedding.lift.widths(half.d_model)[0] for half in (self.encoder, self.decoder)]
+        if self.shared and tables[0] != tables[1]:
+            raise SpecError(
+                f"A shared embedding is one table, but the encoder's is {tables[0]} wide and the decoder's {tables[1]}: give both the same "
+                "Embedding(lift=...), or set shared=False."
+            )
 
     @typed(SpecError)
     def build(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None, seed: int | None = None) -> EncoderDecoderModel:
@@ -84,9 +90,13 @@ class EncoderDecoderModel(Anatomy, nn.Module):
 
     def forward(
         self,
-        source: Tensor,
+        source: Tensor | None = None,
         target: Tensor | None = None,
         *,
+        source_embeds: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        source_positions: Tensor | None = None,
+        positions: Tensor | None = None,
         source_lengths: Sequence[int] | Tensor | None = None,
         lengths: Sequence[int] | Tensor | None = None,
         mask: Mask | None = None,
@@ -96,25 +106,48 @@ class EncoderDecoderModel(Anatomy, nn.Module):
         aux: Ledger | None = None,
         path: str = "",
     ) -> Tensor:
-        """Logits [b t v] of ``target`` [b t] given ``source`` [b s]. Raises :class:`InputError` without a target."""
-        if target is None:
+        """Logits [b t v] of ``target`` [b t] given ``source`` [b s]. Raises :class:`InputError` without a target.
+
+        ``source_embeds`` [b s d] stand in for the source's tokens, ``inputs_embeds`` [b t d] for the target's; ``source_positions`` and ``positions``
+        [s] or [b s], [t] or [b t] are theirs where they do not count from 0. The other options are the decoder's (see :meth:`TransformerModel.forward`).
+        """
+        if target is None and inputs_embeds is None:
             raise InputError(
                 f"An encoder-decoder reads a source and a target, but only the source was given: a target begins with the token {self.spec.start} "
                 "(spec.start); generate(model, source) writes one."
             )
-        memory = self.encode(source, source_lengths, tap=tap, aux=aux, path=path)
-        return self.decode(target, memory, source_lengths=source_lengths, lengths=lengths, mask=mask, cache=cache, keep=keep, tap=tap, aux=aux, path=path)
+        memory = self.encode(source, source_lengths, inputs_embeds=source_embeds, positions=source_positions, tap=tap, aux=aux, path=path)
+        return self.decode(
+            target,
+            memory,
+            source_lengths=source_lengths,
+            inputs_embeds=inputs_embeds,
+            positions=positions,
+            lengths=lengths,
+            mask=mask,
+            cache=cache,
+            keep=keep,
+            tap=tap,
+            aux=aux,
+            path=path,
+        )
 
     def encode(
-        self, source: Tensor, lengths: Sequence[int] | Tensor | None = None, *, tap: Tap | None = None, aux: Ledger | None = None, path: str = ""
+        self,
+        source: Tensor | None,
+        lengths: Sequence[int] | Tensor | None = None,
+        *,
+        tap: Tap | None = None,
+        path: str = "",
+        **options: Any,
     ) -> Tensor:
-        """The memory [b s d] of a source [b s]."""
+        """The memory [b s d] of a source [b s]. Further options as in :meth:`TransformerModel.states`."""
         self._check_tap(tap)
-        return self.encoder.states(source, lengths=lengths, tap=tap, aux=aux, path=f"{path}.encoder".lstrip("."))
+        return self.encoder.states(source, lengths=lengths, tap=tap, path=f"{path}.encoder".lstrip("."), **options)
 
     def decode(
         self,
-        target: Tensor,
+        target: Tensor | None,
         memory: Tensor | None,
         *,
         source_lengths: Sequence[int] | Tensor | None = None,
@@ -122,7 +155,7 @@ class EncoderDecoderModel(Anatomy, nn.Module):
         path: str = "",
         **options: Any,
     ) -> Tensor:
-        """Logits of ``target`` given the memory; with a filled cache the memory may be None."""
+        """Logits of ``target`` given the memory; with a filled cache the memory may be None. Further options as in :meth:`TransformerModel.forward`."""
         self._check_tap(tap)
         logits: Tensor = self.decoder(target, memory=memory, memory_lengths=source_lengths, tap=tap, path=f"{path}.decoder".lstrip("."), **options)
         return logits

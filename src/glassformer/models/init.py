@@ -132,12 +132,12 @@ class Init(Spec):
 NORMS = Rule(
     names=tuple(
         f"{n}.{w}"
-        for n in ("norm", "norm1", "norm2", "norm_cross", "norm1_post", "norm2_post", "norm_cross_post", "final_norm", "q_norm", "k_norm")
+        for n in ("norm", "norm1", "norm2", "norm_cross", "norm1_post", "norm2_post", "norm_cross_post", "final_norm", "q_norm", "k_norm", "kv_norm")
         for w in ("weight", "bias", "alpha")
     ),
     how=Declared(),
 )
-ZEROS = Rule(names=("bias", "normaliser.sinks"), how=Fill(0.0))
+ZEROS = Rule(names=("bias", "normaliser.sinks", "routing.correction"), how=Fill(0.0))
 
 
 def table(matrices: Distribution, into_stream: Distribution, embeddings: Distribution, readout: Distribution) -> Init:
@@ -147,7 +147,7 @@ def table(matrices: Distribution, into_stream: Distribution, embeddings: Distrib
             NORMS,
             ZEROS,
             Rule(("out.weight", "down.weight"), into_stream),
-            Rule(("qkv.weight", "q.weight", "kv.weight", "up.weight", "gate_up.weight", "router.weight", "transform.linear.weight"), matrices),
+            Rule(("qkv.weight", "q.weight", "kv.weight", "q_down.weight", "q_up.weight", "kv_down.weight", "kv_up.weight", "up.weight", "gate_up.weight", "router.weight", "transform.linear.weight", "lift_tokens.weight", "lift_sum.weight"), matrices),
             Rule(("embed.weight", "embed.types", "position.table"), embeddings),
             Rule(("readout.matrix", "readout.linear.weight"), readout),
         )

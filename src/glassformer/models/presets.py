@@ -15,8 +15,9 @@ from glassformer.parts.attention import Attention
 from glassformer.parts.embed import Embedding, InverseSqrtWidth, SqrtWidth
 from glassformer.parts.feedforward import Gated, Plain
 from glassformer.parts.norm import LayerNorm, NoNorm, RMSNorm
-from glassformer.parts.position import Learned, Llama3Scaling, Rotary, Sinusoidal, T5Buckets
+from glassformer.parts.position import Learned, Sinusoidal, T5Buckets
 from glassformer.parts.readout import Dense, LanguageModel
+from glassformer.parts.rotary import Llama3Scaling, Rotary
 from glassformer.parts.wiring import PostNorm
 
 from .block import Block

@@ -149,7 +149,7 @@ class TransformerModel(Anatomy, nn.Module):
                 "give them equally many, or give each its own bias by Attention(position=...)."
             )
         self.embed = spec.embedding.build(spec.vocab_size, d)
-        self.position = spec.position.build(d, heads, d // heads)
+        self.position = spec.position.build(self.embed.d_sum, heads, d // heads)
         self.blocks = nn.ModuleList(b.build(d, d_memory) for b in spec.blocks)
         self.final_norm = spec.final_norm.build(d)
         self.readout = spec.readout.build(d, self.embed, spec.tied)
@@ -176,7 +176,7 @@ class TransformerModel(Anatomy, nn.Module):
     ) -> Tensor:
         """Logits [b t v] (or what the read-out makes) of ``tokens`` [b t].
 
-        ``inputs_embeds`` [b t d] stand in for tokens. ``lengths`` [b]: rows are padded on the right and
+        ``inputs_embeds`` [b t d] stand in for tokens (as wide as the embedding's table). ``lengths`` [b]: rows are padded on the right and
         hold so many real tokens. ``types`` [b t]: token types. ``mask``: who may see whom, beyond the
         model's own mask. ``keep``: read out only the last ``n`` positions (int) or one position per row
         ([b]). ``memory`` [b s d]: an encoder's output. ``tap``: who looks. ``aux``: a ledger for side losses.
@@ -239,8 +239,9 @@ class TransformerModel(Anatomy, nn.Module):
             raise InputError(f"Tokens have shape {tuple(tokens.shape)}, but a model reads [batch, position]: for one row use tokens[None].")
         if tokens is not None and (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool):
             raise InputError(f"Tokens are {tokens.dtype}, but token ids are integers: use tokens.long(), or give vectors as inputs_embeds.")
-        if inputs_embeds is not None and (inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.spec.d_model):
-            raise InputError(f"inputs_embeds have shape {tuple(inputs_embeds.shape)}, but this model reads [batch, position, d_model={self.spec.d_model}].")
+        if inputs_embeds is not None and (inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.embed.width):
+            width = f"{'d_model' if self.embed.width == self.spec.d_model else 'width of its table'}={self.embed.width}"
+            raise InputError(f"inputs_embeds have shape {tuple(inputs_embeds.shape)}, but this model reads [batch, position, {width}].")
         b, t, device = given.shape[0], given.shape[1], given.device
         if t == 0:
             raise InputError("The rows hold no tokens: a model needs at least one position.")
@@ -383,9 +384,10 @@ def _sites(model: TransformerModel, root: str) -> Iterator[SiteInfo]:
         for site in getattr(module, "SITES", ()):
             yield info(path, site, axes)
 
-    yield info("", sites.EMBED)
+    narrow = model.embed.d_sum != model.spec.d_model  # a factorised embedding that is lifted last
+    yield info("", sites.EMBED, "b t w" if narrow else None)
     if model.spec.position.adds:
-        yield info("", sites.POS_EMBED)
+        yield info("", sites.POS_EMBED, "t w" if narrow else None)
     yield from norms("embed.norm", model.embed.norm, "b t 1")
     for i, block in enumerate(model.blocks):
         for name, module in (("", block), *block.named_children()):
@@ -397,8 +399,12 @@ def _sites(model: TransformerModel, root: str) -> Iterator[SiteInfo]:
             for site in declared:
                 yield info(path, site)
             if isinstance(module, _Attention):
-                yield from norms(f"{path}.q_norm", module.q_norm, "b t h 1")
-                yield from norms(f"{path}.k_norm", module.k_norm, "b s g 1")
+                for own, rows in module.NORMS:
+                    norm = getattr(module, own)
+                    yield from norms(f"{path}.{own}", norm, norm.axes(rows))
+            if isinstance(module, ExpertsLayer):
+                for site in getattr(module.shared, "SITES", ()):
+                    yield info(f"{path}.shared", site)
     yield from norms("final_norm", model.final_norm, "b t 1")
     yield info("", sites.RESID_FINAL)
     transform = getattr(model.readout, "transform", None)

@@ -16,8 +16,10 @@ pattern is fixed.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,6 +28,7 @@ from glassformer.core import sites
 from glassformer.core.errors import InputError, SpecError
 from glassformer.core.flow import Pass
 from glassformer.core.mask import Everything, Mask, Resolved, resolve
+from glassformer.core.sites import Site
 from glassformer.core.spec import Spec, check_dropout, part
 from glassformer.core.tap import check_heads
 
@@ -35,14 +38,31 @@ from .norm import NoNorm, Norm
 from .position import NoPosition, Position
 
 
+class SelfAttention(Spec):
+    """What stands in ``Block(attention=...)``: attention of a stream to itself."""
+
+    _usual: ClassVar[str] = "Attention"
+
+    n_heads: int
+    mask: Mask
+
+    def sizes(self, d: int) -> tuple[int, int, int, int]:
+        """``(n_heads, n_kv_heads, d_head, d_value)`` in a stream of width ``d``."""
+        raise NotImplementedError
+
+    def build(self, d: int) -> _Attention:
+        """The module in a stream of width ``d``."""
+        raise NotImplementedError
+
+
 @part
-class Attention(Spec):
+class Attention(SelfAttention):
     """Multi-head attention (arXiv 1706.03762) and its variants.
 
     ``n_kv_heads``: None means ``n_heads``. ``d_head``: None means ``d_model / n_heads``. ``d_value``:
     size of a value, None means ``d_head``. ``mask``: what this layer adds to the pass's mask
     (``Window(512)``). ``cap``: soft-cap ``c tanh(s / c)`` on scores (Gemma 2, arXiv 2408.00118).
-    ``qk_norm``: a norm on each head's queries and keys (arXiv 2302.05442). ``scale``: None means
+    ``qk_norm``: a norm on each head's queries and keys (arXiv 2302.05442), or on all heads' together (``Joint(RMSNorm())``). ``scale``: None means
     ``1 / sqrt(d_head)``. ``dropout``: of attention weights, in training.
     """
 
@@ -94,28 +114,67 @@ class Attention(Spec):
 
 
 class _Attention(nn.Module):
-    """What self- and cross-attention share: norms of q and k, the kernel, the output projection."""
+    """What all attention shares: norms of q and k, the kernel, the output projection."""
 
-    SITES = sites.TABLE["attention"]
+    SITES: tuple[Site, ...] = sites.TABLE["attention"]
+    NORMS: tuple[tuple[str, str], ...] = (("q_norm", "b t h"), ("k_norm", "b s g"))
+    """Its norms by name, and the axes of what they norm but for the last."""
+    cached = 0
+    """How many numbers a cache holds per token (of cross-attention: none, its memory does not grow)."""
 
-    def __init__(self, spec: Attention, d: int):
+    def __init__(self, spec: Any, d: int):
         super().__init__()
         self.spec, self.d = spec, d
         self.n_heads, self.n_kv_heads, self.d_head, self.d_value = spec.sizes(d)
         self.scale = self.d_head**-0.5 if spec.scale is None else spec.scale
-        self.q_norm, self.k_norm = spec.qk_norm.build(self.d_head), spec.qk_norm.build(self.d_head)
-        self.position = spec.position.build(d, self.n_heads, self.d_head)
+        self.build_norms(d)
         self.normaliser = spec.normaliser.build(self.n_heads)
         self.out = nn.Linear(self.n_heads * self.d_value, d, bias=spec.out_bias)
         # What is printed of a tensor is not all of it: a mask that holds one is never shared.
         self.mask_key = None if _holds_tensor(spec.mask) else repr(spec.mask)
 
+    def build_norms(self, d: int) -> None:
+        """Make the norms of queries and keys, and the position encoding."""
+        self.q_norm = self.spec.qk_norm.build_heads(self.n_heads, self.d_head)
+        self.k_norm = self.spec.qk_norm.build_heads(self.n_kv_heads, self.d_head)
+        self.position = self.spec.position.build(d, self.n_heads, self.d_head)
+
     def split(self, x: Tensor, n: int) -> Tensor:
         """[b t (n k)] -> [b t n k]."""
         return x.view(*x.shape[:2], n, -1)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Resolved, bias: Tensor | None, p: Pass) -> Tensor:
-        """From q [b t h k] and k, v [b g s k] to the layer's output [b t d]."""
+    def tables(self, p: Pass) -> Any:
+        """What turns queries and keys at the places of this pass (see ``PositionLayer.tables``)."""
+        key = self.position.key
+        return self._shared(p, None if key is None else f"rotary:{key}", lambda: self.position.tables(p.positions, p.lengths))
+
+    def sight(self, rows: int, places: Tensor, newest: bool, p: Pass) -> tuple[Resolved, Tensor | None]:
+        """Who sees which of the keys that stand at ``places``, and the bias on their scores."""
+        key = self.position.key
+        mask = self._shared(
+            p,
+            None if self.mask_key is None else f"mask:{self.mask_key}:{p.slot.layout}",
+            lambda: resolve(p.mask & self.spec.mask, p.index, places, rows=rows, newest=newest),
+        )
+        bias = self._shared(p, None if key is None else f"bias:{key}:{p.slot.layout}", lambda: self.position.bias(p.index, places))
+        if "position" in p.shared:  # a bias that all layers share (T5)
+            of_model = self._shared(p, f"bias:model:{p.slot.layout}", lambda: p.shared["position"].bias(p.index, places))
+            bias = of_model if bias is None else bias + of_model
+        return mask, bias
+
+    @staticmethod
+    def _shared(p: Pass, key: str | None, make):  # type: ignore[no-untyped-def]
+        """A value that all layers of one pass have in common, made by the first (key None: the layer's own)."""
+        if key is None:
+            return make()
+        if key not in p.shared:
+            p.shared[key] = make()
+        return p.shared[key]
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Resolved, bias: Tensor | None, p: Pass, lift: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """From q [b t h k] and k, v [b g s k] to the layer's output [b t d]; ``lift`` makes of a mix of ``v`` what a head returns."""
         rule = Rule(self.scale, self.spec.cap, bias, mask, self.normaliser)
         dropout = self.spec.dropout if self.training else 0.0
         q = q.transpose(1, 2)
@@ -126,7 +185,8 @@ class _Attention(nn.Module):
             p.offer(sites.SCORES, lambda heads: kernels.scores_of(q, k, rule, heads))
             p.offer(sites.PATTERN, lambda heads: kernels.pattern_of(kernels.scores_of(q, k, rule, heads), rule, heads))
             z = (kernels.fused if kernels.has_fused(rule, q.device, dropout) else kernels.explicit)(q, k, v, rule, dropout)
-        z = p.see(sites.Z, z.transpose(1, 2))
+        z = z.transpose(1, 2)
+        z = p.see(sites.Z, z if lift is None else lift(z))
         return p.see(sites.ATTN_OUT, self.project(z, p))
 
     def project(self, z: Tensor, p: Pass) -> Tensor:
@@ -140,7 +200,7 @@ class _Attention(nn.Module):
 
     def result(self, z: Tensor, heads: tuple[int, ...] | None) -> Tensor:
         """Each head's own output in the stream's space, [b t h d]."""
-        w = self.out.weight.view(self.d, self.n_heads, self.d_value)
+        w = matrix_of(self.out).view(self.d, self.n_heads, self.d_value)
         if heads is not None:
             check_heads(heads, self.n_heads, "a result")
             z, w = z[:, :, list(heads)], w[:, list(heads)]
@@ -158,6 +218,7 @@ class AttentionLayer(_Attention):
     def __init__(self, spec: Attention, d: int):
         super().__init__(spec, d)
         self.widths = (self.n_heads * self.d_head, self.n_kv_heads * self.d_head, self.n_kv_heads * self.d_value)
+        self.cached = self.n_kv_heads * (self.d_head + self.d_value)
         self.qkv = nn.Linear(d, sum(self.widths), bias=spec.qkv_bias)
 
     def forward(self, x: Float[Tensor, "b t d"], p: Pass) -> Float[Tensor, "b t d"]:
@@ -166,31 +227,13 @@ class AttentionLayer(_Attention):
         q = p.see(sites.Q, self.split(q, self.n_heads))
         k = p.see(sites.K, self.split(k, self.n_kv_heads))
         v = p.see(sites.V, self.split(v, self.n_kv_heads))
-        key = self.position.key
-        tables = self._shared(p, None if key is None else f"rotary:{key}", lambda: self.position.tables(p.positions))
+        tables = self.tables(p)
         q = p.see(sites.Q_ROT, self.position.rotate(self.q_norm(q, p.at("q_norm")), tables))
         k = p.see(sites.K_ROT, self.position.rotate(self.k_norm(k, p.at("k_norm")), tables))
         newest = p.slot.newest
         keys, values, places = p.slot.update(k, v, p.index)
-        mask = self._shared(
-            p,
-            None if self.mask_key is None else f"mask:{self.mask_key}:{p.slot.layout}",
-            lambda: resolve(p.mask & self.spec.mask, p.index, places, rows=x.shape[0], newest=newest),
-        )
-        bias = self._shared(p, None if key is None else f"bias:{key}:{p.slot.layout}", lambda: self.position.bias(p.index, places))
-        if "position" in p.shared:  # a bias that all layers share (T5)
-            of_model = self._shared(p, f"bias:model:{p.slot.layout}", lambda: p.shared["position"].bias(p.index, places))
-            bias = of_model if bias is None else bias + of_model
+        mask, bias = self.sight(x.shape[0], places, newest, p)
         return self.attend(q, keys, values, mask, bias, p)
-
-    @staticmethod
-    def _shared(p: Pass, key: str | None, make):  # type: ignore[no-untyped-def]
-        """A value that all layers of one pass have in common, made by the first (key None: the layer's own)."""
-        if key is None:
-            return make()
-        if key not in p.shared:
-            p.shared[key] = make()
-        return p.shared[key]
 
 
 class CrossAttentionLayer(_Attention):
@@ -224,6 +267,16 @@ class CrossAttentionLayer(_Attention):
         v = p.see(sites.V, self.split(v, self.n_kv_heads))
         k = p.see(sites.K_ROT, self.k_norm(k, p.at("k_norm")))
         return k.transpose(1, 2), v.transpose(1, 2)
+
+
+def matrix_of(linear: nn.Linear) -> Tensor:
+    """The matrix [out in] that a linear layer multiplies by, in whichever way it is held."""
+    w = linear.weight
+    if not hasattr(w, "tensor_data_names"):
+        return w
+    # Held in few bits by torchao: some of its types can only multiply, so unit vectors are asked for the columns.
+    columns: Tensor = F.linear(torch.eye(linear.in_features, dtype=w.dtype, device=w.device), w)
+    return columns.T.contiguous()
 
 
 def _holds_tensor(value: Any) -> bool:

@@ -1,6 +1,9 @@
 """Embedding: from token ids to vectors.
 
-ids ──► table ──► * scale ──► + token type ──► + position ──► norm ──► stream
+ids ──► table ──► * scale ──► (lift) ──► + token type ──► + position ──► norm ──► (lift) ──► stream
+
+The table may be narrower than the stream, so that a large vocabulary costs little. A linear map lifts its rows to the stream:
+those of the tokens alone (``LiftTokens``, the first place) or the finished sum (``LiftSum``, the second).
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glassformer.core import sites
-from glassformer.core.errors import InputError
+from glassformer.core.errors import InputError, SpecError
 from glassformer.core.flow import Pass
 from glassformer.core.spec import Spec, check_dropout, part
 
@@ -63,14 +66,80 @@ class Times(Scale):
         return self.by
 
 
+class Lift(Spec):
+    """How wide the table is, and where its rows become as wide as the stream."""
+
+    def widths(self, d: int) -> tuple[int, int]:
+        """Widths of the table, and of the sum of tokens, types and positions, in a stream of width ``d``."""
+        raise NotImplementedError
+
+    def build(self, d: int) -> tuple[nn.Module, nn.Module]:
+        """What is done to the rows of the tokens, and to the finished sum."""
+        raise NotImplementedError
+
+
+@part
+class NoLift(Lift):
+    """The table is as wide as the stream."""
+
+    def widths(self, d: int) -> tuple[int, int]:
+        return d, d
+
+    def build(self, d: int) -> tuple[nn.Module, nn.Module]:
+        return nn.Identity(), nn.Identity()
+
+
+@part
+class LiftTokens(Lift):
+    """A table ``width`` wide, lifted at once: ``x = W weight[token]``; types and positions are as wide as the stream (OPT-350m)."""
+
+    width: int
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        _check_width(self, self.width)
+
+    def widths(self, d: int) -> tuple[int, int]:
+        return self.width, d
+
+    def build(self, d: int) -> tuple[nn.Module, nn.Module]:
+        return nn.Linear(self.width, d, bias=self.bias), nn.Identity()
+
+
+@part
+class LiftSum(Lift):
+    """Table, types, positions and norm ``width`` wide, lifted last: ``x = W norm(weight[token] + …) + b`` (ALBERT, arXiv 1909.11942; ELECTRA)."""
+
+    width: int
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        _check_width(self, self.width)
+
+    def widths(self, d: int) -> tuple[int, int]:
+        return self.width, self.width
+
+    def build(self, d: int) -> tuple[nn.Module, nn.Module]:
+        return nn.Identity(), nn.Linear(self.width, d, bias=self.bias)
+
+
+def _check_width(lift: Lift, width: int) -> None:
+    if width < 1:
+        raise SpecError(f"{type(lift).__name__}(width={width}): a table is at least 1 wide.")
+
+
 @part
 class Embedding(Spec):
-    """A learned vector per token. ``n_types``: token types (BERT's two sentences; 0 for none). ``norm`` and ``dropout`` come after positions."""
+    """A learned vector per token. ``n_types``: token types (BERT's two sentences; 0 for none). ``norm`` and ``dropout`` come after positions.
+
+    ``lift``: a table narrower than the stream (factorised embedding).
+    """
 
     scale: Scale = Unit()
     n_types: int = 0
     norm: Norm = NoNorm()
     dropout: float = 0.0
+    lift: Lift = NoLift()
 
     def __post_init__(self) -> None:
         check_dropout("Embedding", self.dropout)
@@ -81,25 +150,31 @@ class Embedding(Spec):
 
 
 class EmbeddingLayer(nn.Module):
-    """``x = norm(scale * weight[token] + types[type] + position)``; [b t] -> [b t d]."""
+    """``x = lift_sum(norm(lift_tokens(scale * weight[token]) + types[type] + position))``; [b t] -> [b t d]. An unused lift is the identity.
+
+    ``width``: of the table (and of ``embeds``); ``d_sum``: of types, positions and the norm. Both are the stream's ``d`` where nothing is lifted.
+    """
 
     SITES = (sites.EMBED,)
 
     def __init__(self, spec: Embedding, vocab_size: int, d: int):
         super().__init__()
         self.spec, self.vocab_size = spec, vocab_size
-        self.factor = spec.scale.factor(d)
-        self.weight = nn.Parameter(torch.empty(vocab_size, d))
+        self.width, self.d_sum = spec.lift.widths(d)
+        self.factor = spec.scale.factor(self.width)
+        self.weight = nn.Parameter(torch.empty(vocab_size, self.width))
         if spec.n_types:
-            self.types = nn.Parameter(torch.empty(spec.n_types, d))
-        self.norm = spec.norm.build(d)
+            self.types = nn.Parameter(torch.empty(spec.n_types, self.d_sum))
+        self.lift_tokens, self.lift_sum = spec.lift.build(d)
+        self.norm = spec.norm.build(self.d_sum)
 
     def forward(
-        self, tokens: Int[Tensor, "b t"] | None, embeds: Float[Tensor, "b t d"] | None, types: Int[Tensor, "b t"] | None, position: PositionLayer, p: Pass
+        self, tokens: Int[Tensor, "b t"] | None, embeds: Float[Tensor, "b t w"] | None, types: Int[Tensor, "b t"] | None, position: PositionLayer, p: Pass
     ) -> Float[Tensor, "b t d"]:
         x = self.look_up(tokens) if embeds is None else embeds
         if self.factor != 1.0:
             x = x * torch.tensor(self.factor, dtype=x.dtype, device=x.device)
+        x = self.lift_tokens(x)
         if self.spec.n_types:
             x = x + (self.types[0] if types is None else self.types[types])
         elif types is not None:
@@ -109,7 +184,9 @@ class EmbeddingLayer(nn.Module):
         if added is not None:
             x = x + p.see(sites.POS_EMBED, added)
         x = self.norm(x, p.at("embed").at("norm"))
-        return F.dropout(x, self.spec.dropout) if self.training and self.spec.dropout else x
+        x = F.dropout(x, self.spec.dropout) if self.training and self.spec.dropout else x
+        y: Tensor = self.lift_sum(x)
+        return y
 
     def look_up(self, tokens: Tensor | None) -> Tensor:
         """The rows of the table; raises :class:`InputError` for an id outside it."""
@@ -122,6 +199,10 @@ class EmbeddingLayer(nn.Module):
                     f"Token id {low if low < 0 else high} is outside this model's vocabulary of {self.vocab_size}: "
                     "encode the text with the model's own tokenizer."
                 )
+        return self.rows(tokens)
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """The rows of ids that are in the table."""
         return F.embedding(tokens, self.weight)
 
 

@@ -1,8 +1,8 @@
 """Mixture of experts: many feed-forward layers, each token goes through a few.
 
-x ──► router ──► soft-max ──► the k best ──┐ weights
-│                                          ▼
-└──► expert 0, 1, … (only the chosen) ──► weighted sum ──► out
+x ─┬──► router ──► routing ──► the k best ──► weights ─┐
+   ├──► expert 0, 1, … (only the chosen) ──────────────┴─► weighted sum ─┐
+   └──► shared expert (every token) ─────────────────────────────────────┴─ + ──► out
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from glassformer.core.numerics import wide
 from glassformer.core.spec import part
 
 from .feedforward import FeedForward, Gated
+from .routing import Routing, SoftmaxRouting
 
 
 @part
@@ -28,7 +29,9 @@ class Experts(FeedForward):
 
     ``normalise``: the chosen weights are divided by their sum. ``balance``: factor of the load-balancing
     loss ``n_experts * sum_e f_e P_e`` (``f_e`` share of assignments, ``P_e`` mean router probability),
-    charged to the pass's ledger as ``"balance"``; it is 1 when all experts are used alike.
+    charged to the pass's ledger as ``"balance"``; it is 1 when all experts are used alike. ``routing``: from
+    the router's logits to the choice. ``shared``: one more expert that every token goes through, as wide as all shared
+    ones together (DeepSeekMoE, arXiv 2401.06066).
     """
 
     n_experts: int
@@ -36,10 +39,13 @@ class Experts(FeedForward):
     expert: FeedForward = Gated(d_ff=256)
     normalise: bool = True
     balance: float = 0.01
+    routing: Routing = SoftmaxRouting()
+    shared: FeedForward | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.n_experts:
             raise SpecError(f"Experts(top_k={self.top_k}) of n_experts={self.n_experts}: choose at least 1 and at most all.")
+        self.routing.groups.check(self.n_experts, self.top_k)
 
     @property
     def name(self) -> str:
@@ -50,27 +56,33 @@ class Experts(FeedForward):
 
 
 class ExpertsLayer(nn.Module):
-    """``out = sum_{e in top-k} w_e expert_e(x)``; [b t d] -> [b t d]."""
+    """``out = sum_{e in top-k} w_e expert_e(x) + shared(x)``; [b t d] -> [b t d]."""
 
     SITES = sites.TABLE["experts"]
 
     def __init__(self, spec: Experts, d: int):
         super().__init__()
         self.spec = spec
-        self.router = nn.Linear(d, spec.n_experts, bias=False)
+        self.router = nn.Linear(d, spec.n_experts, bias=spec.routing.bias)
+        self.routing = spec.routing.build(spec.n_experts)
         self.experts = nn.ModuleList(spec.expert.build(d) for _ in range(spec.n_experts))
+        self.shared = None if spec.shared is None else spec.shared.build(d)
 
     def forward(self, x: Float[Tensor, "b t d"], p: Pass) -> Float[Tensor, "b t d"]:
         x = p.see(sites.EXPERTS_IN, x)
-        probabilities = p.see(sites.ROUTER, torch.softmax(wide(self.router(x)), -1))
-        weights, chosen = probabilities.topk(self.spec.top_k, -1)
-        chosen = p.see(sites.CHOSEN, chosen)
-        weights = probabilities.gather(-1, chosen)
+        scores = p.see(sites.ROUTER, self.routing(wide(self.router(x))))
+        chosen = p.see(sites.CHOSEN, self.routing.choose(scores, self.spec.top_k))
+        weights = scores.gather(-1, chosen)
         if self.spec.normalise:
             weights = weights / weights.sum(-1, keepdim=True)
+        if self.spec.routing.scale != 1.0:
+            weights = weights * self.spec.routing.scale
         if p.aux is not None and self.spec.balance:
-            p.aux.charge("balance", self.spec.balance * self.imbalance(probabilities, chosen))
-        return p.see(sites.EXPERTS_OUT, self.route(x, chosen, weights.to(x.dtype), p))
+            p.aux.charge("balance", self.spec.balance * self.imbalance(self.routing.shares(scores), chosen))
+        out = self.route(x, chosen, weights.to(x.dtype), p)
+        if self.shared is not None:
+            out = out + self.shared(x, p.at("shared"))
+        return p.see(sites.EXPERTS_OUT, out)
 
     def route(self, x: Tensor, chosen: Tensor, weights: Tensor, p: Pass) -> Tensor:
         """Each expert reads the tokens that chose it; their outputs are added up by weight."""
@@ -78,12 +90,20 @@ class ExpertsLayer(nn.Module):
             return torch.empty_like(x)
         inner = replace(p, tap=None)  # an expert sees an odd lot of tokens: its inside has no axes of its own
         flat, out = x.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
-        chosen, weights = chosen.flatten(0, 1), weights.flatten(0, 1)
-        for e, expert in enumerate(self.experts):
-            token, rank = (chosen == e).nonzero(as_tuple=True)
-            part = expert(flat[token][None], inner)[0] * weights[token, rank, None]
+        flat_weights = weights.flatten()
+        for e, places in self.visits(chosen):
+            token = places // self.spec.top_k
+            part = self.experts[e](flat[token][None], inner)[0] * flat_weights[places, None]
             out = out.index_add(0, token, part.to(out.dtype))
         return out.view_as(x)
+
+    def visits(self, chosen: Tensor) -> list[tuple[int, Tensor]]:
+        """Each expert with the places in ``chosen`` (flat) that name it. An expert that nobody chose is left out,
+        but where gradients are made: there its parameters are given their zeros.
+        """
+        places = chosen.flatten().argsort(stable=True)
+        counts: list[int] = chosen.flatten().bincount(minlength=self.spec.n_experts).tolist()  # one wait for the device, not one per expert
+        return [(e, at) for e, at in enumerate(places.split(counts)) if len(at) or torch.is_grad_enabled()]
 
     def imbalance(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
         """``n_experts * sum_e f_e P_e``."""

@@ -9,6 +9,7 @@ gated   x ─┬► W_up ────► pre ───────────�
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -133,7 +134,7 @@ class GatedLayer(nn.Module):
 
     SITES = (sites.FFN_IN, sites.FFN_PRE, sites.FFN_GATE, sites.FFN_POST, sites.FFN_OUT)
 
-    def __init__(self, spec: Gated, d: int):
+    def __init__(self, spec: Gated | ClampedGated, d: int):
         super().__init__()
         self.spec = spec
         self.act = activation(spec.act)
@@ -143,7 +144,49 @@ class GatedLayer(nn.Module):
     def forward(self, x: Float[Tensor, "b t d"], p: Pass) -> Float[Tensor, "b t d"]:
         gate, pre = self.gate_up(p.see(sites.FFN_IN, x)).chunk(2, -1)
         gate, pre = p.see(sites.FFN_GATE, gate), p.see(sites.FFN_PRE, pre)
-        post = p.see(sites.FFN_POST, self.act(gate) * pre)
+        post = p.see(sites.FFN_POST, self.meet(gate, pre))
         if self.training and self.spec.dropout:
             post = F.dropout(post, self.spec.dropout)
         return p.see(sites.FFN_OUT, self.down(post))
+
+    def meet(self, gate: Float[Tensor, "*b f"], pre: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
+        """What the gate lets through."""
+        return self.act(gate) * pre
+
+
+@part
+class ClampedGated(FeedForward):
+    """SwiGLU whose parts are held within ``limit`` before they meet (GPT-OSS, arXiv 2508.10925).
+
+    ``(u + 1) * g * sigmoid(alpha g)``, ``g = min(gate, limit)`` and ``u = clamp(up, -limit, limit)``.
+    """
+
+    d_ff: int
+    limit: float = 7.0
+    alpha: float = 1.702
+    bias: bool = True
+    dropout: float = 0.0
+
+    act: ClassVar[str] = "silu"
+
+    def __post_init__(self) -> None:
+        if self.d_ff < 1:
+            raise SpecError(f"ClampedGated(d_ff={self.d_ff}): a feed-forward layer is at least 1 wide.")
+        if not self.limit > 0:
+            raise SpecError(f"ClampedGated(limit={self.limit}): values are held within a limit above 0.")
+        check_dropout("ClampedGated", self.dropout)
+
+    def build(self, d: int) -> GatedLayer:
+        return ClampedGatedLayer(self, d)
+
+
+class ClampedGatedLayer(GatedLayer):
+    """``out = W_out ((u + 1) * g * sigmoid(alpha g))``; [b t d] -> [b t d]. Rows of ``gate_up``: gate, then up."""
+
+    def __init__(self, spec: ClampedGated, d: int):
+        super().__init__(spec, d)
+        self.limit, self.alpha = spec.limit, spec.alpha
+
+    def meet(self, gate: Float[Tensor, "*b f"], pre: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
+        g, u = gate.clamp(max=self.limit), pre.clamp(-self.limit, self.limit)
+        return (u + 1) * (g * torch.sigmoid(g * self.alpha))

@@ -4,9 +4,16 @@ LayerNorm   y = w * (x - mean) / sqrt(var + eps) + b
 RMSNorm     y = w * x / sqrt(mean(x^2) + eps)
 DynamicTanh y = w * tanh(alpha * x) + b
 NoNorm      y = x
+
+Queries and keys are normed head by head, or by ``Joint`` all heads at once:
+
+    q [.. h k] ──► norm each [k]                       RMSNorm()
+    q [.. h k] ──► [.. (h k)] ──► norm ──► [.. h k]    Joint(RMSNorm())
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -27,12 +34,20 @@ class Norm(Spec):
         """The module for vectors of width ``d``."""
         raise NotImplementedError
 
+    def build_heads(self, n: int, k: int) -> NormLayer:
+        """The module for ``n`` heads of size ``k``, [.. n k]: each head by itself, with one weight for all."""
+        return self.build(k)
+
 
 class NormLayer(nn.Module):
     """Base of all norms; ``SITES`` are its observable values, ``constants`` what its parameters start from."""
 
     SITES: tuple[Site, ...] = ()
     constants: dict[str, float]
+
+    def axes(self, rows: str) -> str:
+        """The axes of what is seen when heads with the leading axes ``rows`` (``"b t h"``) are normed."""
+        return f"{rows} 1"
 
     def forward(self, x: Float[Tensor, "*b d"], p: Pass) -> Float[Tensor, "*b d"]:
         raise NotImplementedError
@@ -97,6 +112,7 @@ class RMSNorm(Norm):
     cast: str = "early"
 
     def __post_init__(self) -> None:
+        _check_eps(self)
         if self.cast not in ("early", "late"):
             raise SpecError(f"RMSNorm(cast={self.cast!r}): cast is 'early' (Llama) or 'late' (Gemma).")
 
@@ -168,3 +184,35 @@ class NoNormLayer(NormLayer):
 
     def forward(self, x: Float[Tensor, "*b d"], p: Pass) -> Float[Tensor, "*b d"]:
         return x
+
+
+@part
+class Joint(Norm):
+    """One norm over all heads' queries (or keys) as one vector, with a weight per head and feature (OLMo 2, arXiv 2501.00656).
+
+    Heads keep their sizes relative to each other, which a norm per head would make equal. For a vector that has no heads it is ``norm`` itself.
+    """
+
+    norm: Norm = RMSNorm()
+
+    def build(self, d: int) -> NormLayer:
+        return self.norm.build(d)
+
+    def build_heads(self, n: int, k: int) -> NormLayer:
+        return JointLayer(self.norm.build(n * k))
+
+
+class JointLayer(NormLayer):
+    """``y = norm(concat_h(x_h))``, cut into heads again; [.. h k] -> [.. h k]."""
+
+    def __init__(self, norm: NormLayer):
+        super().__init__()
+        self.norm = norm
+        self.SITES = norm.SITES
+
+    def axes(self, rows: str) -> str:
+        return f"{rows.rsplit(' ', 1)[0]} 1"
+
+    def forward(self, x: Float[Tensor, "*b h k"], p: Pass) -> Float[Tensor, "*b h k"]:
+        joined: Tensor = self.norm(x.flatten(-2), p)
+        return joined.view_as(x)

@@ -3,7 +3,7 @@
 Three ways, one interface; whatever a position part does not do is the identity:
 
     added    Sinusoidal, Learned     x + table[position], once, at the embedding
-    rotated  Rotary                  q and k turned by angles that grow with position
+    rotated  Rotary (rotary.py)      q and k turned by angles that grow with position
     biased   ALiBi, T5Buckets        a number per head and distance added to the scores
 
     embedding ──► position.add ──► stream ──► block ──► q, k ──► position.rotate ──► scores ──► + position.bias
@@ -56,8 +56,8 @@ class PositionLayer(nn.Module):
         """What is added to the embedding, [t d] or [b t d]; None for nothing."""
         return None
 
-    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines for :meth:`rotate`; None for nothing."""
+    def tables(self, positions: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines for :meth:`rotate`; None for nothing. ``lengths`` [b]: how many places of each row are real (None: all)."""
         return None
 
     def rotate(self, x: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -160,197 +160,6 @@ class LearnedLayer(PositionLayer):
                 f"This model has learned {self.spec.max_positions} positions, but position {last} was asked for: "
                 f"shorten the text to {self.spec.max_positions} tokens."
             )
-
-
-# Rotated
-
-
-class RopeScaling(Spec):
-    """A change of RoPE's frequencies that stretches a trained context."""
-
-    def frequencies(self, base: float, dim: int) -> Tensor:
-        """Radians per position, [dim / 2]."""
-        raise NotImplementedError
-
-    @property
-    def magnitude(self) -> float:
-        """A factor on the rotated queries and keys."""
-        return 1.0
-
-
-def _check_factor(name: str, factor: float) -> None:
-    if factor <= 0:
-        raise SpecError(f"{name}(factor={factor}): a context is stretched by a factor above 0.")
-
-
-def _plain_frequencies(base: float, dim: int) -> Tensor:
-    return 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-
-
-@part
-class Unscaled(RopeScaling):
-    """``f_i = base^(-2i/dim)`` (arXiv 2104.09864)."""
-
-    def frequencies(self, base: float, dim: int) -> Tensor:
-        return _plain_frequencies(base, dim)
-
-
-@part
-class LinearScaling(RopeScaling):
-    """Position interpolation: all frequencies divided by ``factor`` (arXiv 2306.15595)."""
-
-    factor: float
-
-    def __post_init__(self) -> None:
-        _check_factor("LinearScaling", self.factor)
-
-    def frequencies(self, base: float, dim: int) -> Tensor:
-        return _plain_frequencies(base, dim) / self.factor
-
-
-@part
-class NTKScaling(RopeScaling):
-    """The base grows so that the slowest frequency is divided by ``factor`` and the fastest stays: ``base * factor^(dim / (dim - 2))``."""
-
-    factor: float
-
-    def __post_init__(self) -> None:
-        _check_factor("NTKScaling", self.factor)
-
-    def frequencies(self, base: float, dim: int) -> Tensor:
-        return _plain_frequencies(base * self.factor ** (dim / (dim - 2)), dim)
-
-
-@part
-class YaRNScaling(RopeScaling):
-    """Interpolate slow frequencies, keep fast ones, blend between (YaRN, arXiv 2309.00071).
-
-    A frequency that turns more than ``beta_fast`` times within the original context is kept, one
-    that turns less than ``beta_slow`` times is divided by ``factor``, linear in the index between.
-    ``attention_factor`` scales q and k (None: ``0.1 ln(factor) + 1``).
-    """
-
-    factor: float
-    original_context: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    truncate: bool = True
-
-    def __post_init__(self) -> None:
-        _check_factor("YaRNScaling", self.factor)
-
-    def frequencies(self, base: float, dim: int) -> Tensor:
-        def index_of(turns: float) -> float:
-            return dim * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(base))
-
-        low, high = index_of(self.beta_fast), index_of(self.beta_slow)
-        if self.truncate:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, dim - 1)
-        ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
-        plain = _plain_frequencies(base, dim)
-        return plain / self.factor * ramp + plain * (1 - ramp)
-
-    @property
-    def magnitude(self) -> float:
-        if self.attention_factor is not None:
-            return self.attention_factor
-        return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
-
-
-@part
-class Llama3Scaling(RopeScaling):
-    """Long wavelengths divided by ``factor``, short ones kept, a smooth blend between (Llama 3.1, arXiv 2407.21783)."""
-
-    factor: float = 8.0
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
-    original_context: int = 8_192
-
-    def __post_init__(self) -> None:
-        _check_factor("Llama3Scaling", self.factor)
-
-    def frequencies(self, base: float, dim: int) -> Tensor:
-        plain = _plain_frequencies(base, dim)
-        wavelength = 2 * math.pi / plain
-        smooth = (self.original_context / wavelength - self.low_frequency_factor) / (self.high_frequency_factor - self.low_frequency_factor)
-        smooth = smooth.clamp(0, 1)
-        return (1 - smooth) * plain / self.factor + smooth * plain
-
-
-@part
-class Rotary(Position):
-    """Rotary position embedding: pairs of features turn by ``position * frequency`` (RoFormer, arXiv 2104.09864).
-
-    A score then depends on positions only through their difference (up to rounding).
-    ``fraction`` of each head turns (NeoX 0.25). ``layout``: ``"half"`` pairs feature ``i`` with
-    ``i + dim/2`` (Llama, NeoX), ``"interleaved"`` pairs ``2i`` with ``2i + 1`` (the paper, GPT-J).
-    """
-
-    base: float = 10_000.0
-    fraction: float = 1.0
-    layout: str = "half"
-    scaling: RopeScaling = Unscaled()
-
-    def __post_init__(self) -> None:
-        if self.layout not in ("half", "interleaved"):
-            raise SpecError(f"Rotary(layout={self.layout!r}): layout is 'half' (Llama) or 'interleaved' (GPT-J).")
-        if not self.base > 0:
-            raise SpecError(f"Rotary(base={self.base}): the base lies above 0 (10,000 in arXiv 2104.09864).")
-        if not 0 < self.fraction <= 1:
-            raise SpecError(f"Rotary(fraction={self.fraction}): a fraction lies above 0 and is at most 1.")
-
-    @property
-    def rotates(self) -> bool:
-        return True
-
-    def build(self, d_model: int, n_heads: int, d_head: int) -> RotaryLayer:
-        return RotaryLayer(self, d_head)
-
-
-class RotaryLayer(PositionLayer):
-    """``(x1, x2) -> (x1 cos a - x2 sin a, x1 sin a + x2 cos a)`` with ``a = position * frequency``."""
-
-    def __init__(self, spec: Rotary, d_head: int):
-        super().__init__()
-        self.spec = spec
-        self.dim = int(d_head * spec.fraction)
-        if self.dim % 2 or self.dim == 0:
-            raise SpecError(f"Rotary turns pairs, but fraction {spec.fraction} of d_head {d_head} is {self.dim} features: choose an even number of them.")
-        self.d_head = d_head
-        self.key = f"{spec!r}:{d_head}"
-        # Computed on the processor and moved: the same bits on every device. Not a buffer: it
-        # follows from the Spec, so it is neither saved nor cast with the weights.
-        with torch.device("cpu"):
-            self._frequencies = {"cpu": spec.scaling.frequencies(spec.base, self.dim)}
-
-    def frequencies(self, device: torch.device) -> Tensor:
-        """Radians per position, [dim / 2] in float32."""
-        name = str(device)
-        if name not in self._frequencies:
-            self._frequencies[name] = self._frequencies["cpu"].to(device)
-        return self._frequencies[name]
-
-    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        angles = positions[..., None].float() * self.frequencies(positions.device)
-        angles = torch.cat([angles, angles], -1) if self.spec.layout == "half" else angles.repeat_interleave(2, -1)
-        m = self.spec.scaling.magnitude
-        return angles.cos() * m, angles.sin() * m
-
-    def rotate(self, x: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
-        assert tables is not None
-        cos, sin = (t[..., None, :].to(x.dtype) for t in tables)  # [t 1 dim] or [b t 1 dim]
-        turned, rest = (x, None) if self.dim == self.d_head else (x[..., : self.dim], x[..., self.dim :])
-        turned = turned * cos + self._quarter(turned) * sin
-        return turned if rest is None else torch.cat([turned, rest], -1)
-
-    def _quarter(self, x: Tensor) -> Tensor:
-        """Every pair turned by a quarter: (x1, x2) -> (-x2, x1)."""
-        if self.spec.layout == "half":
-            x1, x2 = x.chunk(2, -1)
-            return torch.cat([-x2, x1], -1)
-        return torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
 
 
 # Biased

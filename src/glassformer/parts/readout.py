@@ -13,13 +13,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from glassformer.core.errors import SpecError
 from glassformer.core.flow import Pass
 from glassformer.core.sites import LOGITS, Site
 from glassformer.core.spec import Spec, check_dropout, part
 
 from .embed import EmbeddingLayer, Scale, Unit
 from .feedforward import activation
-from .norm import NoNorm, Norm
+from .norm import NoNorm, Norm, NormLayer
 
 CLASS_LOGITS = Site("logits", "b v", "scores over the classes before soft-max")
 VECTOR = Site("logits", "b d", "the pooled vector")
@@ -42,32 +43,51 @@ class ReadOutLayer(nn.Module):
 
 
 class Transform(Spec):
-    """A map before the vocabulary (see :class:`Dense`)."""
+    """A map before the vocabulary or the classes (see :class:`Dense`)."""
 
-    def build(self, d: int) -> nn.Module:
-        """The module for width ``d``."""
+    def build(self, d: int) -> TransformLayer:
+        """The module for a stream of width ``d``."""
         raise NotImplementedError
+
+
+class TransformLayer(nn.Module):
+    """Base of all transforms: [.. d] -> [.. width]."""
+
+    width: int
+    norm: NormLayer
 
 
 @part
 class Dense(Transform):
-    """``norm(act(W h + b))``: BERT's masked-token head (arXiv 1810.04805)."""
+    """``norm(act(W h + b))``: BERT's masked-token head and pooler (arXiv 1810.04805).
+
+    ``width``: None means the stream's; a tied read-out of a factorised embedding needs the table's. ``act="identity"`` leaves a
+    linear map (OPT's ``project_out``).
+    """
 
     act: str = "gelu"
     norm: Norm = NoNorm()
+    bias: bool = True
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        activation(self.act)
+        if self.width is not None and self.width < 1:
+            raise SpecError(f"Dense(width={self.width}): a map has at least 1 output; None means as many as the stream is wide.")
 
     def build(self, d: int) -> DenseLayer:
         return DenseLayer(self, d)
 
 
-class DenseLayer(nn.Module):
-    """``norm(act(W h + b))``; [.. d] -> [.. d]."""
+class DenseLayer(TransformLayer):
+    """``norm(act(W h + b))``; [.. d] -> [.. width]."""
 
     def __init__(self, spec: Dense, d: int):
         super().__init__()
+        self.width = d if spec.width is None else spec.width
         self.act = activation(spec.act)
-        self.linear = nn.Linear(d, d)
-        self.norm = spec.norm.build(d)
+        self.linear = nn.Linear(d, self.width, bias=spec.bias)
+        self.norm = spec.norm.build(self.width)
 
     def forward(self, x: Tensor, p: Pass) -> Tensor:
         y: Tensor = self.norm(self.act(self.linear(x)), p.at("norm"))
@@ -116,17 +136,23 @@ class LanguageModelLayer(ReadOutLayer):
     def __init__(self, spec: LanguageModel, d: int, embed: EmbeddingLayer, tied: bool):
         super().__init__()
         self.spec, self.tied = spec, tied
-        self.factor = spec.scale.factor(d)
         self.transform = None if spec.transform is None else spec.transform.build(d)
+        width = d if self.transform is None else self.transform.width
+        if tied and width != embed.width:
+            raise SpecError(
+                f"The tied table is {embed.width} wide, but the read-out multiplies it by vectors of width {width}: "
+                f"use LanguageModel(transform=Dense(..., width={embed.width})), or tied=False."
+            )
+        self.factor = spec.scale.factor(width)
         # A tied table belongs to the embedding; a tuple keeps torch from registering it twice.
         self._embed = (embed,)
         if not tied:
-            self.matrix = nn.Parameter(torch.empty(embed.vocab_size, d))
+            self.matrix = nn.Parameter(torch.empty(embed.vocab_size, width))
         self.bias = nn.Parameter(torch.zeros(embed.vocab_size)) if spec.bias else None
 
     @property
     def weight(self) -> Tensor:
-        """The matrix [v d] (the embedding's own if tied)."""
+        """The matrix [v width] (the embedding's own if tied)."""
         return self._embed[0].weight if self.tied else self.matrix
 
     def forward(self, h: Float[Tensor, "b t d"], p: Pass) -> Float[Tensor, "b t v"]:
@@ -134,10 +160,14 @@ class LanguageModelLayer(ReadOutLayer):
             h = self.transform(h, p.at("readout").at("transform"))
         if self.factor != 1.0:
             h = h * self.factor
-        logits = F.linear(h, self.weight, self.bias)
+        logits = self.scores(h)
         if self.spec.cap is not None:
             logits = self.spec.cap * torch.tanh(logits / self.spec.cap)
         return p.see(LOGITS, logits)
+
+    def scores(self, h: Tensor) -> Tensor:
+        """``h W^T + b``."""
+        return F.linear(h, self.weight, self.bias)
 
 
 # Over classes
@@ -145,9 +175,10 @@ class LanguageModelLayer(ReadOutLayer):
 
 @part
 class Tagger(ReadOut):
-    """A class for every token: ``h W^T + b``."""
+    """A class for every token: ``h W^T + b``, after an optional transform (ELECTRA's discriminator: ``Dense("gelu")``, one class, arXiv 2003.10555)."""
 
     n_classes: int
+    transform: Transform | None = None
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -158,15 +189,17 @@ class Tagger(ReadOut):
 
 
 class TaggerLayer(ReadOutLayer):
-    """``logits = h W^T + b``; [b t d] -> [b t v]."""
+    """``logits = transform(h) W^T + b``; [b t d] -> [b t v]."""
 
     def __init__(self, spec: Tagger, d: int):
         super().__init__()
         self.spec = spec
-        self.linear = nn.Linear(d, spec.n_classes)
+        self.transform = None if spec.transform is None else spec.transform.build(d)
+        self.linear = nn.Linear(d if self.transform is None else self.transform.width, spec.n_classes)
 
     def forward(self, h: Float[Tensor, "b t d"], p: Pass) -> Float[Tensor, "b t v"]:
-        return p.see(LOGITS, self.linear(F.dropout(h, self.spec.dropout, self.training)))
+        y = h if self.transform is None else self.transform(h, p.at("readout").at("transform"))
+        return p.see(LOGITS, self.linear(F.dropout(y, self.spec.dropout, self.training)))
 
 
 class Pool(Spec):
@@ -230,7 +263,7 @@ class ClassifierLayer(ReadOutLayer):
         super().__init__()
         self.spec = spec
         self.transform = None if spec.transform is None else spec.transform.build(d)
-        self.linear = nn.Linear(d, spec.n_classes)
+        self.linear = nn.Linear(d if self.transform is None else self.transform.width, spec.n_classes)
 
     def forward(self, h: Float[Tensor, "b t d"], p: Pass) -> Float[Tensor, "b v"]:
         y = self.spec.pool.pool(h, p.lengths)

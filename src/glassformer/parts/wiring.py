@@ -4,6 +4,8 @@ pre-norm    x ─┬─► norm ─► f ─► + ─►          the stream its
                └────────────────┘
 post-norm   x ─┬─► f ─► + ─► norm ─►          the 2017 transformer, BERT (arXiv 1706.03762)
                └────────┘
+reordered   x ─┬─► f ─► norm ─► + ─►          OLMo 2 (arXiv 2111.09883, 2501.00656)
+               └────────────────┘
 sandwich    x ─┬─► norm ─► f ─► norm ─► + ─►  Gemma 2 (arXiv 2105.13290, 2408.00118)
                └────────────────────────┘
 parallel    x ─┬─► norm ─► attention ───┐
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glassformer.core import sites
-from glassformer.core.errors import SpecError
+from glassformer.core.errors import SpecError, did_you_mean
 from glassformer.core.flow import Pass
 from glassformer.core.sites import Site
 from glassformer.core.spec import Spec, part
@@ -56,10 +58,23 @@ class BlockLayer(nn.Module):
 
 @part
 class PreNorm(Wiring):
-    """``x + f(norm(x))``."""
+    """``x + f(norm(x))``; the sublayers named in ``bare`` read the stream as it is, ``x + f(x)``.
+
+    (ModernBERT's first attention is bare: what it reads comes straight from the embedding's own norm, arXiv 2412.13663.)
+    """
+
+    bare: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.bare:
+            if name not in _NORMS:
+                raise SpecError(f"PreNorm(bare={self.bare!r}): {name!r} is no sublayer.{did_you_mean(name, _NORMS)} They are: {', '.join(_NORMS)}.")
 
     def build(self, sublayers: dict[str, nn.Module], norm: Norm, d: int, dropout: float) -> BlockLayer:
-        return SequentialBlock(sublayers, norm, NoNorm(), NoNorm(), d, dropout)
+        for name in self.bare:
+            if name not in sublayers:
+                raise SpecError(f"PreNorm(bare={self.bare!r}) names {name!r}, but the block's sublayers are {' and '.join(sublayers)}.")
+        return SequentialBlock(sublayers, norm, NoNorm(), NoNorm(), d, dropout, self.bare)
 
 
 @part
@@ -68,6 +83,14 @@ class PostNorm(Wiring):
 
     def build(self, sublayers: dict[str, nn.Module], norm: Norm, d: int, dropout: float) -> BlockLayer:
         return SequentialBlock(sublayers, NoNorm(), NoNorm(), norm, d, dropout)
+
+
+@part
+class ReorderedNorm(Wiring):
+    """``x + norm(f(x))``: what is added is normalised, what is read and the stream itself are not."""
+
+    def build(self, sublayers: dict[str, nn.Module], norm: Norm, d: int, dropout: float) -> BlockLayer:
+        return SequentialBlock(sublayers, NoNorm(), norm, NoNorm(), d, dropout)
 
 
 @part
@@ -82,15 +105,15 @@ class SequentialBlock(BlockLayer):
     """``x = after(x + out(f(before(x))))`` for each sublayer; unused norms are the identity.
 
     Names: ``norm1``, ``norm_cross``, ``norm2`` for the one norm of pre- and post-norm; a sandwich's
-    second is ``norm1_post``…
+    second, or a reordered block's only one, is ``norm1_post``…
     """
 
-    def __init__(self, sublayers: dict[str, nn.Module], before: Norm, out: Norm, after: Norm, d: int, dropout: float):
+    def __init__(self, sublayers: dict[str, nn.Module], before: Norm, out: Norm, after: Norm, d: int, dropout: float, bare: tuple[str, ...] = ()):
         super().__init__(sublayers, dropout)
         steps = []
         for name in self.order:
             used = []
-            for role, norm in (("", before), ("_post", out), ("", after)):
+            for role, norm in (("", NoNorm() if name in bare else before), ("_post", out), ("", after)):
                 used.append("" if isinstance(norm, NoNorm) else _NORMS[name] + role)
                 if used[-1]:
                     self.add_module(used[-1], norm.build(d))

@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     import tokenizers
     from numpy.typing import NDArray
 
+    from .chat import ChatTemplate
     from .engines import Engine
 
 FILE = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
 
 
 class Piece(NamedTuple):
@@ -53,12 +55,12 @@ class Tokenizer:
     The file format is the ``tokenizer.json`` of the ``tokenizers`` library, so ``transformers`` opens what this class saves, and this class
     opens what others saved. Truncation and padding that such a file may ask for are switched off: ``encode`` gives all tokens of
     the text and nothing else. ``roles`` says which special token ends a text and so on: ``{"eos": "<|endoftext|>"}``; where it
-    is silent the usual spellings decide.
+    is silent the usual spellings decide. ``chat_template`` is the Jinja source that :meth:`chat` follows; it takes no part in ``==``.
 
     A Tokenizer does not change once it is made; threads may share it, and it can be pickled.
     """
 
-    def __init__(self, library: tokenizers.Tokenizer, roles: Mapping[str, str] | None = None) -> None:
+    def __init__(self, library: tokenizers.Tokenizer, roles: Mapping[str, str] | None = None, *, chat_template: str | None = None) -> None:
         library = type(library).from_str(library.to_str())
         library.no_truncation()
         library.no_padding()
@@ -72,6 +74,7 @@ class Tokenizer:
         self.roles: dict[str, str] = self._roles(config["model"]) | self.given_roles
         self._added: dict[int, str] = {token["id"]: token["content"] for token in config["added_tokens"]}
         self.kind = _kind(config)
+        self.chat_template = chat_template
 
     def _roles(self, model: Mapping[str, Any]) -> dict[str, str]:
         # In a vocabulary of merges "</s>" may be a piece of HTML; elsewhere such a spelling is a control token even if nobody declared it.
@@ -98,8 +101,8 @@ class Tokenizer:
     def __hash__(self) -> int:
         return hash(self.hash)
 
-    def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[str, dict[str, str]]]:
-        return _from_json, (self._json, self.given_roles)
+    def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[str, dict[str, str], str | None]]:
+        return _from_json, (self._json, self.given_roles, self.chat_template)
 
     @cached_property
     def hash(self) -> str:
@@ -223,6 +226,35 @@ class Tokenizer:
                     )
         return TokenizerError(f"the tokenizers library could not encode the text: {error}. Check the tokenizer's unk_token.")
 
+    @cached_property
+    def _chat(self) -> ChatTemplate:
+        from .chat import ChatTemplate
+
+        if self.chat_template is None:
+            raise TokenizerError(
+                "this tokenizer has no chat template: its model is not made for conversation, or the file is missing. Encode plain text, put the "
+                "checkpoint's chat_template.jinja beside tokenizer.json, or give Tokenizer(…, chat_template=…) one."
+            )
+        return ChatTemplate(self.chat_template, {f"{role}_token": spelling for role, spelling in (self.given_roles or self.roles).items()})
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any
+    ) -> list[int]:
+        """The ids of a conversation, as this tokenizer's chat template writes it: :meth:`encode` of :meth:`chat_text`.
+
+        ``messages`` are ``[{"role": "user", "content": "Hi"}]``; :meth:`~glassformer.text.chat.ChatTemplate.render` says what else may be given.
+        Special tokens that a message spells out count as such, as everywhere in the field: leave them out of what strangers write.
+
+        Raises TokenizerError if there is no template, and for messages that it refuses.
+        """
+        return self.encode(self.chat_text(messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables))
+
+    def chat_text(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any
+    ) -> str:
+        """The text of a conversation, special tokens spelled out."""
+        return self._chat.render(messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables)
+
     # ------------------------------------------------------------------------------------------------------------------ ids to text
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
@@ -314,6 +346,7 @@ class Tokenizer:
 
         ``path`` is a folder, or a file that ends in ``.json``. The roles go into ``tokenizer_config.json`` beside it, where ``transformers``
         looks for them; what else that file says stays. A single file gets this neighbour only if roles were given explicitly.
+        A chat template goes into ``chat_template.jinja`` there.
         """
         path = Path(path)
         alone = path.suffix == ".json" and not path.is_dir()
@@ -321,8 +354,12 @@ class Tokenizer:
         target = path if alone else path / FILE
         folder.mkdir(parents=True, exist_ok=True)
         replace(target, self._library.to_str(pretty=True))
+        if self.chat_template is not None:
+            replace(folder / TEMPLATE, self.chat_template)
         if self.given_roles or not alone:
             config = {"tokenizer_class": "PreTrainedTokenizerFast", **_config_in(folder)}
+            if self.chat_template is not None:
+                config.pop("chat_template", None)
             config = {key: value for key, value in config.items() if key not in {f"{role}_token" for role in ROLES}}
             replace(folder / CONFIG, json.dumps(config | {f"{role}_token": spelling for role, spelling in self.roles.items()}, indent=2, ensure_ascii=False))
         return target
@@ -330,7 +367,8 @@ class Tokenizer:
     @classmethod
     @typed(TokenizerError)
     def load(cls, path: str | Path) -> Tokenizer:
-        """Open a ``tokenizer.json``, or the folder that holds one, whoever made it; roles come from ``tokenizer_config.json`` beside it.
+        """Open a ``tokenizer.json``, or the folder that holds one, whoever made it; roles come from ``tokenizer_config.json`` beside it,
+        the chat template from ``chat_template.jinja`` or from there.
 
         Raises TokenizerError if the file is missing, is not JSON, or holds no tokenizer.
         """
@@ -352,13 +390,18 @@ class Tokenizer:
         except Exception as error:
             raise TokenizerError(f"the tokenizers library {tokenizers.__version__} cannot read {file}: {error}. A newer version of it may.") from None
         vocab = library.get_vocab(with_added_tokens=True)
-        return cls(library, {role: name for role, name in roles_in_config(_config_in(file.parent)).items() if name in vocab})
+        beside = _config_in(file.parent)
+        return cls(
+            library,
+            {role: name for role, name in roles_in_config(beside).items() if name in vocab},
+            chat_template=_template_in(file.parent, beside),
+        )
 
 
-def _from_json(text: str, roles: Mapping[str, str]) -> Tokenizer:
+def _from_json(text: str, roles: Mapping[str, str], chat_template: str | None = None) -> Tokenizer:
     import tokenizers
 
-    return Tokenizer(tokenizers.Tokenizer.from_str(text), roles)
+    return Tokenizer(tokenizers.Tokenizer.from_str(text), roles, chat_template=chat_template)
 
 
 def _kind(config: Mapping[str, Any]) -> str:
@@ -419,3 +462,22 @@ def _config_in(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):  # a help, not a must: without it the usual spellings decide
         return {}
     return config if isinstance(config, dict) else {}
+
+
+MOST_OF_A_TEMPLATE = 4 << 20  # bytes; the longest published ones have some 20 thousand
+
+
+def _template_in(folder: Path, config: Mapping[str, Any]) -> str | None:
+    from .chat import template_in_config
+
+    file = folder / TEMPLATE
+    try:
+        if file.stat().st_size > MOST_OF_A_TEMPLATE:
+            raise TokenizerError(f"{file} has {file.stat().st_size:,} bytes, and a chat template has a few thousand: it is another kind of file.")
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return template_in_config(config)
+    except UnicodeDecodeError:
+        raise TokenizerError(f"{file} is not UTF-8: it is damaged or no chat template; copy it again, or take it away.") from None
+    except OSError as error:
+        raise TokenizerError(f"{file} cannot be read: {error.strerror}. Check its permissions.") from None

@@ -10,6 +10,7 @@ error that names both sides.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glassformer.core.errors import WeightsError, did_you_mean
+from glassformer.core.errors import GlassformerError, WeightsError, did_you_mean
 
 from .family import Family
 from .rules import Form, Place, Rule, any_matches
-from .stored import Stored
+from .stored import Stored, shown
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,17 @@ class Plan:
     prefix: str = ""
 
 
+def skeleton(spec: Any, tensors: Mapping[str, Stored], file: Any) -> Any:
+    """The model without memory. Raises :class:`WeightsError` if it cannot be built, or has more blocks than there are tensors to fill them."""
+    n = sum(len(getattr(s, "blocks", ())) for s in (spec, getattr(spec, "encoder", None), getattr(spec, "decoder", None)))
+    if n > len(tensors):
+        raise WeightsError(f"{file}: by its config the model has {n} blocks, but there are {len(tensors)} tensors in all: they belong to different models.")
+    try:
+        return spec.build(device="meta")
+    except (GlassformerError, RuntimeError, TypeError, ValueError, OverflowError, MemoryError) as error:
+        raise WeightsError(f"{file}: the model that its config describes cannot be built: {str(error)[:500]}") from error
+
+
 def place_of(model: Any, path: str) -> Place:
     """Where a parameter stands: ``blocks.3.attn.qkv.weight`` is the layer ``qkv`` of the part ``blocks.3.attn``."""
     parts = path.split(".")
@@ -52,8 +64,10 @@ def place_of(model: Any, path: str) -> Place:
 
 def plan(model: Any, family: Family, tensors: Mapping[str, Stored], file: Any) -> Plan:
     """Settle who fills whom. Raises :class:`WeightsError` with the first disagreements."""
+    family = family.fitted(model.spec)
     names = _canonical(family, tensors)
     made, claimed, missing = Plan(), set(), []
+    slices: dict[str, int] = {}
     for path, parameter in model.named_parameters():
         rules = family.table.rules_for(path)
         if not rules:
@@ -64,6 +78,7 @@ def plan(model: Any, family: Family, tensors: Mapping[str, Stored], file: Any) -
                 stored = tuple(names[t] for t in theirs)
                 if rule.stacked:
                     stored = tuple(_slice(s, int((rule.match(path) or {})["e"])) for s in stored)
+                    slices |= {t: slices.get(t, 0) + 1 for t in theirs}
                 made.fillings.append(Filling(path, rule.form, stored, place_of(model, path)))
                 _check_shape(made.fillings[-1], parameter, file)
                 claimed |= set(theirs)
@@ -71,6 +86,11 @@ def plan(model: Any, family: Family, tensors: Mapping[str, Stored], file: Any) -
         else:
             first = rules[0].names(rules[0].match(path) or {})
             missing.append((path, next(t for t in first if t not in names)))
+    for name, n in slices.items():
+        if n != names[name].shape[0]:
+            raise WeightsError(
+                f"{file}: {names[name].name!r} has {names[name].shape[0]} slices, but by its config the model takes {n}: some would be left out."
+            )
     left = [n for n in names if n not in claimed]
     for name in list(left):
         if (why := _why_left(family, name, names, claimed)) is not None:
@@ -87,11 +107,16 @@ def plan(model: Any, family: Family, tensors: Mapping[str, Stored], file: Any) -
 def _canonical(family: Family, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """The tensors by the names that the family's table knows: files of the bare stack lack its prefix, some have another one before it."""
     lefts = family.known_names
-    found = {}
+    found: dict[str, Stored] = {}
     for name, stored in tensors.items():
         known = next(
             (n for n in (name, family.prefix + name, *(name.removeprefix(p) for p in family.strips if name.startswith(p))) if any_matches(lefts, n)), name
         )
+        if known in found:
+            raise WeightsError(
+                f"{stored.file}: {shown(found[known].name)} and {shown(name)} both mean {known!r} in the family {family.name}: nobody can say which is right. "
+                "Remove the one that does not belong there."
+            )
         found[known] = stored
     return found
 
@@ -116,6 +141,16 @@ def _check_shape(filling: Filling, parameter: Tensor, file: Any) -> None:
             f"{file}: {shapes} would make {filling.path!r} of shape {got}, but by its config the model needs {tuple(parameter.shape)}: config and tensors "
             "belong to different models."
         )
+    # The sum may be right and the parts wrong (queries as wide as the keys should be): the way back says what each must have been.
+    try:
+        back = [tuple(x.shape) for x in filling.form.theirs(torch.empty(parameter.shape, device="meta"), filling.place)]
+    except WeightsError:  # a form that is read only
+        return
+    if back != [s.shape for s in filling.stored]:
+        raise WeightsError(
+            f"{file}: {shapes} together have the size of {filling.path!r}, but by its config they must be {' and '.join(map(str, back))}: config and "
+            "tensors belong to different models."
+        )
 
 
 def _why_left(family: Family, name: str, names: Mapping[str, Stored], claimed: Iterable[str]) -> str | None:
@@ -134,15 +169,26 @@ def _disagreement(family: Family, file: Any, missing: list[tuple[str, str]], lef
     said = []
     if missing:
         path, wanted = missing[0]
-        said.append(f"the parameter {path!r} needs the tensor {wanted!r}, which is not there.{did_you_mean(wanted, left)}")
+        said.append(f"the parameter {path!r} needs the tensor {wanted!r}, which is not there.{_near(wanted, left)}")
     if left:
         wanted_names = [m[1] for m in missing]
-        said.append(f"the tensor {left[0]!r} is claimed by no parameter.{did_you_mean(left[0], wanted_names)}")
+        said.append(f"the tensor {shown(left[0])} is claimed by no parameter.{_near(left[0], wanted_names)}")
     return f"{file} does not fit the family {family.name} ({len(missing)} missing, {len(left)} left over): {' And '.join(said)}"
+
+
+def _near(name: str, names: list[str]) -> str:
+    """The most similar of the names, looked for among those with the same numbers first: a model of experts has fifty thousand names, of a dozen kinds."""
+    if len(name) > 200:
+        return ""
+    numbers = re.findall("[0-9]+", name)
+    kinds = {re.sub("[0-9]+", "0", n): n for n in names if len(n) < 200}
+    kinds |= {re.sub("[0-9]+", "0", n): n for n in names if len(n) < 200 and re.findall("[0-9]+", n) == numbers}
+    return did_you_mean(name, kinds.values())
 
 
 def theirs(model: Any, family: Family) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint that ``model`` would be, by the family's names: the table read from right to left."""
+    family = family.fitted(model.spec)
     stacks: dict[str, dict[int, Tensor]] = {}
     experts = _expert_counts(model, family)
     for path, parameter in model.named_parameters():

@@ -26,9 +26,9 @@ from glassformer.core import files
 from glassformer.core.errors import WeightsError
 from glassformer.core.fields import typed
 
-from . import assign
+from . import assign, sentence
 from .config import HARMLESS
-from .family import family_for
+from .family import family_for, says
 from .source import INDEX
 
 if TYPE_CHECKING:
@@ -55,10 +55,14 @@ def export_hf(
     path, given = Path(folder), dict(config or {})
     if getattr(model, "spec", None) is None:
         raise WeightsError(f"A model that was built from a Spec can be exported, but a {type(model).__name__} was given.")
-    family, values = family_for(model.spec, given.get("model_type"))
+    spec = sentence.bare(model.spec)
+    family, values = family_for(spec, given.get("model_type"))
     values = {k: v for k, v in given.items() if k in HARMLESS and k not in ("torch_dtype", "dtype", "transformers_version")} | values
     if given.get("model_type") == values["model_type"] and given.get("architectures"):
-        values["architectures"] = given["architectures"]
+        kept = values | {"architectures": given["architectures"]}
+        values = kept if says(family, kept, spec) else values  # another head than it was opened with has another class
+    if len(values.get("id2label") or ()) != values.get("num_labels"):
+        values = {k: v for k, v in values.items() if k not in ("id2label", "label2id")}  # labels of another number of classes
     values["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     staging: Path | None = None
     try:
@@ -71,6 +75,7 @@ def export_hf(
         if tokenizer is not None:
             tokenizer.save(staging / "tokenizer.json")
         files.take_places(staging, path, last="config.json")
+        sentence.write_modules(model.spec, path)
     except (OSError, SafetensorError) as error:
         reason, todo = files.trouble(error)
         raise WeightsError(f"The model could not be written to {path}: {reason}. {todo}; what was there before is untouched.") from error

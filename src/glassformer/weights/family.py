@@ -11,12 +11,14 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
 from glassformer.core.errors import GlassformerError, WeightsError, did_you_mean
 from glassformer.core.spec import Spec
+from glassformer.models import EncoderDecoder, Transformer
+from glassformer.parts.attention import Attention
 
 from .config import Config
 from .rules import Rule, Table, pattern
@@ -30,7 +32,7 @@ class Family:
     of this family: the result is checked). ``tied``: their tensors that repeat another one, ``{copy: original}``. ``ignored``: patterns
     of tensors that hold nothing learnt (masks, frequencies). ``unused``: patterns of heads that the opened model does not have.
     ``prefix``: what stands before every name, in files of the whole model; files of the bare stack lack it. ``strips``: what other programs
-    put before it.
+    put before it. ``by_spec``: rules that depend on the Spec (one read-out's parameters have other names than another's), asked before ``rules``.
     """
 
     name: str
@@ -43,6 +45,11 @@ class Family:
     unused: tuple[str, ...] = ()
     prefix: str = ""
     strips: tuple[str, ...] = ()
+    by_spec: Callable[[Any], tuple[Rule, ...]] | None = None
+
+    def fitted(self, spec: Any) -> Family:
+        """This family with the rules that hold for ``spec``."""
+        return self if self.by_spec is None else replace(self, rules=(*self.by_spec(spec), *self.rules), by_spec=None)
 
     @cached_property
     def table(self) -> Table:
@@ -130,20 +137,44 @@ def family_for(spec: Spec, first: str | None = None) -> tuple[Family, dict[str, 
     """
     known = families()
     order = ([known[first]] if first in known else []) + list(dict.fromkeys(known.values()))
-    wanted, nearest = _computed(spec.to_dict()), None
+    wanted, nearest = _computed(in_full(spec).to_dict()), None
     for family in order:
         try:
             values = family.config(spec)
             again = family.read(values)
         except Exception:  # it cannot say this Spec: whatever its reason, another may
             continue
-        if _computed(again.to_dict()) == wanted:
+        if _computed(in_full(again).to_dict()) == wanted:
             return family, values
-        lines = spec.diff(again)
+        lines = in_full(spec).diff(in_full(again))
         if nearest is None or len(lines) < len(nearest[1]):
             nearest = (family, lines)
     said = "" if nearest is None else f" The nearest, {nearest[0].name}, would make it another model:\n{nearest[1]}"
     raise WeightsError(f"No published family computes what this {type(spec).__name__} does, so it can be saved in glassformer's own format only.{said}")
+
+
+def says(family: Family, values: Mapping[str, Any], spec: Spec) -> bool:
+    """Whether ``family`` reads a config as ``spec``."""
+    try:
+        return bool(_computed(in_full(family.read(values)).to_dict()) == _computed(in_full(spec).to_dict()))
+    except WeightsError:
+        return False
+
+
+def in_full(spec: Any) -> Any:
+    """The Spec with the sizes said that follow from others, so that two ways to say the same are equal."""
+    if isinstance(spec, EncoderDecoder):
+        return spec.replace(encoder=in_full(spec.encoder), decoder=in_full(spec.decoder))
+    if not isinstance(spec, Transformer):
+        return spec
+    return spec.replace(blocks=tuple(b.replace(attention=_sizes(b.attention, spec.d_model), cross=_sizes(b.cross, spec.d_model)) for b in spec.blocks))
+
+
+def _sizes(attention: Any, d: int) -> Any:
+    if not isinstance(attention, Attention):
+        return attention
+    _, g, k, v = attention.sizes(d)
+    return attention.replace(n_kv_heads=g, d_head=k, d_value=v, scale=k**-0.5 if attention.scale is None else attention.scale)
 
 
 TRAINING_ONLY = ("dropout", "init", "balance")

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +25,12 @@ import torch
 from glassformer.core.errors import WeightsError
 from glassformer.core.fields import typed
 from glassformer.core.numerics import device_named, dtype_named
+from glassformer.models.anatomy import bytes_of
 
-from . import assign, own
+from . import assign, own, sentence
 from .assign import Filling, Plan
 from .family import Family, family_of
+from .quantise import check as check_quantise, dtype_for, quantisable, quantise as quantise_all, quantise_layer
 from .source import Found, find, read_json
 from .stored import Stored
 
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from glassformer.text import Tokenizer
 
 SETTINGS = "generation_config.json"
+READERS = 4  # threads that read tensors
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ def open(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> Opened:
         found.config = gguf_names.config(found.metadata, found.tensors, found.path)
     family = family_of(found.config, found.config_file)
     spec = family.read(found.config, found.config_file, ignore)
+    if found.kind == "hf":
+        spec = sentence.with_modules(spec, found.path)
     if found.kind == "gguf":
         family, spec = gguf_names.dialect(family, spec, found.tensors)
     return Opened(found, family, spec, tuple(ignore))
@@ -95,7 +102,6 @@ class Opened:
     family: Family | None
     spec: Any
     ignore: tuple[str, ...] = ()
-    _plans: dict[Any, tuple[Any, Plan]] = field(default_factory=dict, repr=False)
 
     @property
     def kind(self) -> str:
@@ -147,39 +153,54 @@ class Opened:
         return model, assign.plan(model, self.family, self.tensors, self.path)
 
     @typed(WeightsError)
-    def load(self, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None, packed: bool = False) -> tuple[Any, Report]:
+    def load(
+        self, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None, packed: bool = False, quantise: str | None = None
+    ) -> tuple[Any, Report]:
         """The model in evaluation mode, and the report of every tensor.
 
         ``dtype`` None keeps the file's own type (float16 and quantised numbers become float32 on a CPU, which computes in neither).
-        ``packed``: quantised matrices stay packed in memory and are unpacked at each use.
+        ``packed``: quantised matrices stay packed in memory and are unpacked at each use. ``quantise``: the matrices of the blocks become ``"int8"`` or
+        ``"int4"`` as they are read (see :func:`glassformer.weights.quantise`).
         """
         start = time.perf_counter()
         where = device_named("cpu" if device is None else device)
         if self.family is None:
-            return self._load_own(dtype, where, start)
+            return self._load_own(dtype, where, start, quantise)
         model, plan = self._settled()
         kind = self._usual_dtype(where) if dtype is None else dtype_named(dtype)
+        if quantise is not None:
+            if packed:
+                raise WeightsError("packed=True keeps the file's own quantised matrices, quantise makes new ones: leave one of them out.")
+            kind = dtype_for(quantise, where, kind) if dtype is None else kind
+            check_quantise(quantise, where, kind)
+        layers = {} if quantise is None else {f"{path}.weight": (path, layer) for path, layer in quantisable(model).items()}
         _check_tied(plan, self.tensors)
-        kept = set()
+        kept: set[str] = set()
         if packed:
             from . import packing
 
+            if not any(s.quantised for s in self.tensors.values()):
+                raise WeightsError(f"{self.path} holds no quantised tensors that could stay packed: leave packed out.")
+
             kept = packing.keep(model, plan, kind, where)
-        for filling in plan.fillings:
-            if filling.path not in kept:
-                own.assign(model, filling.path, _filled(filling, model.get_parameter(filling.path).shape, kind, where))
+        for filling, x in _read_all([f for f in plan.fillings if f.path not in kept], model, kind, where):
+            own.assign(model, filling.path, x)
+            if quantise is not None and filling.path in layers:  # at once, so that the model is never held in both types
+                quantise_layer(*layers[filling.path], quantise)
         if hasattr(model, "tie"):
             model.tie()
         used = {f.path: tuple(s.name for s in f.stored) for f in plan.fillings}
-        size = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
-        name = str(kind).removeprefix("torch.") + (", quantised matrices packed" if packed else "")
+        size = sum(bytes_of(x) for x in (*model.parameters(), *model.buffers()))
+        name = str(kind).removeprefix("torch.") + (", quantised matrices packed" if packed else "") + _blocks_in(quantise)
         return model.eval(), Report(self.path, self.family.name, used, plan.tied, plan.left, name, size, time.perf_counter() - start)
 
-    def _load_own(self, dtype: str | torch.dtype | None, device: torch.device, start: float) -> tuple[Any, Report]:
+    def _load_own(self, dtype: str | torch.dtype | None, device: torch.device, start: float, quantise: str | None) -> tuple[Any, Report]:
         model = own.load(self.path, device, dtype).model
-        used = {name: (name,) for name, _ in model.named_parameters()}
-        size = sum(x.numel() * x.element_size() for x in model.parameters())
-        kind = str(next(model.parameters()).dtype).removeprefix("torch.")
+        if quantise is not None:
+            quantise_all(model, quantise)
+        used: dict[str, tuple[str, ...]] = {name: (name,) for name, _ in model.named_parameters()}
+        size = sum(bytes_of(x) for x in model.parameters())
+        kind = str(next(model.parameters()).dtype).removeprefix("torch.") + _blocks_in(quantise)
         return model, Report(self.path, "glassformer's own format", used, {}, {}, kind, size, time.perf_counter() - start)
 
     def _usual_dtype(self, device: torch.device) -> torch.dtype:
@@ -202,6 +223,28 @@ class Opened:
         return f"{self.path}: {self.family.name}, {what}, {len(self.tensors):,} tensors ({stored}), unread"
 
 
+def _blocks_in(quantise: str | None) -> str:
+    return "" if quantise is None else f", the blocks' matrices in {quantise}"
+
+
+def _read_all(fillings: Sequence[Filling], model: Any, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Filling, torch.Tensor]]:
+    """Each parameter's values in turn. A few are read ahead: reading waits for the disk or copies memory, both without Python's lock."""
+
+    def read(f: Filling) -> torch.Tensor:
+        return _filled(f, shapes[f.path], dtype, device)
+
+    shapes = {name: x.shape for name, x in model.named_parameters()}
+    with ThreadPoolExecutor(READERS) as readers:
+        ahead: deque[tuple[Filling, Future[torch.Tensor]]] = deque()
+        for filling in fillings:
+            ahead.append((filling, readers.submit(read, filling)))
+            if len(ahead) > READERS:
+                done, x = ahead.popleft()
+                yield done, x.result()
+        for done, x in ahead:
+            yield done, x.result()
+
+
 def _filled(filling: Filling, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A parameter's values, read straight into its own memory where the form allows."""
     out = torch.empty(shape, dtype=dtype)
@@ -221,17 +264,33 @@ def _check_tied(plan: Plan, tensors: dict[str, Stored]) -> None:
 
 
 @typed(WeightsError)
-def load(path: str | os.PathLike[str], device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> own.Loaded:
+def load(
+    path: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    *,
+    packed: bool = False,
+    quantise: str | None = None,
+) -> own.Loaded:
     """The model at ``path``, its tokenizer and settings: our own format, a Hugging Face folder, a .gguf file, or ``hf://owner/name``.
 
     In one word :func:`open` and :meth:`Opened.load`; of a foreign checkpoint ``extra`` holds its ``config`` and ``generation`` settings.
     """
-    found = str(path)
-    if not found.startswith("hf://") and ((at := Path(path)).is_dir() or not at.exists()) and not (at / "config.json").exists() and not any(at.glob("*.gguf")):
-        return own.load(path, device, dtype)
+    at = Path(path)
+    if not str(path).startswith("hf://") and (at.is_dir() or not at.exists()) and not (at / "config.json").exists() and not any(at.glob("*.gguf")):
+        if packed:
+            raise WeightsError(f"{at} holds no quantised tensors that could stay packed: leave packed out, or open a .gguf file.")
+        loaded = own.load(path, device, dtype)
+        return loaded if quantise is None else loaded._replace(model=_quantised(loaded.model, quantise))
     opened = open(path)
     if opened.family is None:
         return own.load(path, device, dtype)
-    model, report = opened.load(dtype, device)
+    model, report = opened.load(dtype, device, packed=packed, quantise=quantise)
     extra = {"config": opened.config} | ({"generation": opened.generation} if opened.generation else {})
     return own.Loaded(model, opened.tokenizer, extra, report)
+
+
+def _quantised(model: Any, kind: str) -> Any:
+    from .quantise import quantise
+
+    return quantise(model, kind)

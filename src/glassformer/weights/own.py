@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from glassformer.core import files
-from glassformer.core.errors import SpecError, WeightsError, did_you_mean
+from glassformer.core.errors import SpecError, TokenizerError, WeightsError, did_you_mean
 from glassformer.core.fields import described, typed
 from glassformer.core.numerics import device_named, dtype_named
 from glassformer.core.spec import Spec
@@ -45,6 +46,24 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer | None
     extra: dict[str, Any]
     report: Any = None
+
+    @property
+    def eos_ids(self) -> tuple[int, ...] | None:
+        """The ids that end a text, by the checkpoint's generation settings or its config (a chat model may have several); None leaves it to the tokenizer."""
+        for settings in (self.extra.get("generation", {}), self.extra.get("config", {})):
+            ids = settings.get("eos_token_id") if isinstance(settings, dict) else None
+            if ids is not None:
+                return tuple(ids) if isinstance(ids, list) else (ids,)
+        return None
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """The ids of a conversation by the checkpoint's own chat template, ready to be answered; options as in :meth:`Tokenizer.chat`.
+
+        ``messages``: ``[{"role": "user", "content": "Hello"}]``. Raises :class:`TokenizerError` if there is no tokenizer, or no template.
+        """
+        if self.tokenizer is None:
+            raise TokenizerError("This checkpoint has no tokenizer, so a conversation means nothing to its model: put the one that it was trained with beside it.")
+        return self.tokenizer.chat(messages, **options)
 
 
 @typed(WeightsError)

@@ -111,7 +111,10 @@ class PerHead(Form):
 
 @dataclass(frozen=True, init=False)
 class Rule:
-    """``ours`` is made of ``theirs`` by ``form``. In names ``{i}``, ``{j}``, ``{e}`` are numbers, ``{w}`` is ``weight`` or ``bias``, other words one segment of a path."""
+    """``ours`` is made of ``theirs`` by ``form``.
+
+    In names ``{i}``, ``{j}``, ``{e}`` are numbers, ``{w}`` is ``weight`` or ``bias``, other words are one segment of a path.
+    """
 
     ours: str
     theirs: tuple[str, ...]

@@ -15,8 +15,9 @@ from typing import Any
 
 from glassformer.core.errors import WeightsError
 
-from .stored import TYPES, Stored
+from .stored import TYPES, Stored, shown
 
+MOST_NUMBER = 1 << 48  # a side or a place in the file: 280 TB
 MOST = 16 << 20  # bytes of a header: that of a 14 GB model has 50 thousand
 AGAIN = "copy it again from where it came"
 
@@ -46,7 +47,7 @@ def header(file: Path) -> dict[str, Stored]:
     at = 8 + n
     for tensor in sorted(found.values(), key=lambda t: (t.offset, t.nbytes)):
         if tensor.offset != at:
-            raise _damaged(file, f"{tensor.name!r} starts at byte {tensor.offset}, but what stands before it ends at {at}")
+            raise _damaged(file, f"{shown(tensor.name)} starts at byte {tensor.offset}, but what stands before it ends at {at}")
         at += tensor.nbytes
     if at != size:
         raise _damaged(file, f"its tensors end at byte {at}, but it has {size}")
@@ -56,26 +57,25 @@ def header(file: Path) -> dict[str, Stored]:
 def _entry(file: Path, name: str, about: Any, data: int, size: int) -> Stored:
     try:
         kind, shape, (start, stop) = about["dtype"], about["shape"], about["data_offsets"]
-        whole = all(type(x) is int and x >= 0 for x in (*shape, start, stop))
+        whole = isinstance(shape, list) and all(type(x) is int and 0 <= x < MOST_NUMBER for x in (*shape, start, stop))
     except (TypeError, KeyError, ValueError) as error:
-        raise _damaged(file, f"{name!r} is described by {str(about)[:80]}, which lacks dtype, shape or data_offsets") from error
-    if kind not in TYPES:
-        raise WeightsError(f"{file}: {name!r} has type {str(kind)[:40]!r}, which is not supported. Known: {', '.join(TYPES)}.")
+        raise _damaged(file, f"{shown(name)} is described by {shown(about)}, which lacks dtype, shape or data_offsets") from error
+    if not isinstance(kind, str) or kind not in TYPES:
+        raise WeightsError(f"{file}: {shown(name)} has type {shown(kind)}, which is not supported. Known: {', '.join(TYPES)}.")
     if not whole or len(shape) > 8:
-        raise _damaged(file, f"{name!r} has shape {str(shape)[:80]} and data_offsets {str([start, stop])[:80]}, which are no whole numbers above 0")
+        raise _damaged(file, f"{shown(name)} has shape {shown(shape)} and data_offsets {shown([start, stop])}: at most 8 whole numbers below 2^48, and 2")
     nbytes = math.prod(shape) * TYPES[kind].itemsize
     if stop - start != nbytes or data + stop > size:
-        raise _damaged(
-            file, f"{name!r} of shape {str(tuple(shape))[:80]} and type {kind} needs {nbytes} bytes, but {start} to {stop} of {size - data} are its own"
-        )
+        raise _damaged(file, f"{shown(name)} of shape {tuple(shape)} and type {kind} needs {nbytes} bytes, but {start} to {stop} of {size - data} are its own")
     return Stored(name, tuple(shape), kind, file, data + start, nbytes)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands there twice")
+    found: dict[str, Any] = {}
+    for name, about in pairs:
+        if name in found:
+            raise ValueError(f"{shown(name)} stands there twice")
+        found[name] = about
     return found
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 from glassformer.core.errors import WeightsError
 
 from . import safetensors_file
-from .stored import Stored
+from .stored import Stored, shown
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -32,7 +33,10 @@ UNPICKLE = "python -c \"from transformers import AutoModelForCausalLM as M; M.fr
 
 @dataclass
 class Found:
-    """What a source holds before any tensor is read. ``kind`` is ``"hf"``, ``"gguf"`` or ``"own"``; ``config`` the fields of its config.json (or what a GGUF file says in their words)."""
+    """What a source holds before any tensor is read.
+
+    ``kind`` is ``"hf"``, ``"gguf"`` or ``"own"``; ``config`` the fields of its config.json (or what a GGUF file says in their words).
+    """
 
     kind: str
     path: Path
@@ -47,16 +51,17 @@ def find(path: str | os.PathLike[str]) -> Found:
     if str(path).startswith("hf://"):
         path = fetched(str(path))
     at = Path(path)
-    if at.is_dir():
+    if os.path.isdir(at):  # not at.is_dir(), which fails for a name that no file can have
         return _folder(at)
-    if not at.exists():
+    if not os.path.isfile(at):
         raise WeightsError(f"There is nothing at {at}: give a folder with config.json and safetensors files, a .gguf file, or hf://owner/name.")
     start = _first_bytes(at)
     if start.startswith(b"GGUF"):
         return _gguf(at)
-    if at.suffix in PICKLES or start.startswith((b"PK\x03\x04", b"\x80")):
+    tensors = start[8:9] == b"{"  # what follows the length of a safetensors header
+    if not tensors and (at.suffix in PICKLES or start.startswith((b"PK\x03\x04", *(b"\x80" + bytes((protocol,)) for protocol in range(2, 6))))):
         raise _pickle(at, at.parent)
-    if at.suffix == ".safetensors":
+    if tensors or at.suffix == ".safetensors":
         raise WeightsError(f"{at} holds tensors, but not what they mean: give the folder that it lies in, with config.json beside it.")
     raise WeightsError(f"{at} is no checkpoint that is known here: give a folder with config.json and safetensors files, or a .gguf file.")
 
@@ -64,7 +69,7 @@ def find(path: str | os.PathLike[str]) -> Found:
 def _folder(folder: Path) -> Found:
     if (folder / "model.json").exists() or any(folder.glob("checkpoints/step-*")):
         return Found("own", folder)
-    if (folder / "config.json").exists():
+    if (folder / "config.json").exists() and (any(folder.glob("*.safetensors*")) or not any(folder.glob("*.gguf"))):
         return Found("hf", folder, read_json(folder / "config.json"), folder / "config.json", _safetensors(folder))
     files = sorted(p for p in folder.glob("*.gguf"))
     firsts = [p for p in files if "-of-" not in p.stem or "-00001-of-" in p.stem]
@@ -72,6 +77,8 @@ def _folder(folder: Path) -> Found:
         return _gguf(firsts[0])
     if firsts:
         raise WeightsError(f"{folder} holds {len(firsts)} GGUF files: give one of them: {', '.join(p.name for p in firsts[:8])}.")
+    if pickles := _pickles(folder):
+        raise _pickle(pickles[0], folder)
     raise WeightsError(f"{folder} holds no model: neither model.json (glassformer's own), nor config.json (Hugging Face), nor a .gguf file.")
 
 
@@ -94,14 +101,27 @@ def _safetensors(folder: Path) -> dict[str, Stored]:
     single = folder / "model.safetensors"
     files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
     if not files:
-        pickles = [p for p in sorted(folder.iterdir()) if p.suffix in PICKLES and p.name not in ("training_args.bin", "optimizer.pt", "scheduler.pt")]
-        if pickles:
+        if pickles := _pickles(folder):
             raise _pickle(pickles[0], folder)
         raise WeightsError(f"{folder} has a config.json but no .safetensors file: fetch the model's weights into it as well.")
+    return _together([safetensors_file.header(file) for file in files])
+
+
+def _together(headers: Iterable[Mapping[str, Stored]]) -> dict[str, Stored]:
+    """The tensors of several files as one table; a name must not come twice, or nobody could say which of the two is meant."""
     found: dict[str, Stored] = {}
-    for file in files:
-        found |= safetensors_file.header(file)
+    for header in headers:
+        for name, stored in header.items():
+            if name in found:
+                raise WeightsError(
+                    f"{shown(name)} is in {found[name].file} and in {stored.file.name}: the files belong to different models, so keep those of one only."
+                )
+            found[name] = stored
     return found
+
+
+def _pickles(folder: Path) -> list[Path]:
+    return [p for p in sorted(folder.iterdir()) if p.suffix in PICKLES and p.name not in ("training_args.bin", "optimizer.pt", "scheduler.pt")]
 
 
 def _sharded(folder: Path, index: Path) -> dict[str, Stored]:
@@ -112,21 +132,22 @@ def _sharded(folder: Path, index: Path) -> dict[str, Stored]:
     for shard in sorted(set(where.values())):
         # A name in an index may not lead out of the folder: whoever wrote it does not decide what is read on this machine.
         if shard != os.path.basename(shard) or shard in ("", ".", "..") or "\\" in shard or not shard.endswith(".safetensors"):
-            raise WeightsError(f"{index} names the file {shard[:80]!r}, but only .safetensors files in the same folder are opened.")
-        if not (folder / shard).is_file():
+            raise WeightsError(f"{index} names the file {shown(shard)}, but only .safetensors files in the same folder are opened.")
+        if not os.path.isfile(folder / shard):
             raise WeightsError(
-                f"{index} names {shard}, which is not in {folder}: {sum(f == shard for f in where.values())} tensors are missing. Fetch that file too."
+                f"{index} names {shown(shard)}, which is not in {folder}: {sum(f == shard for f in where.values())} tensors are missing. Fetch that file too."
             )
         headers[shard] = safetensors_file.header(folder / shard)
     for name, shard in where.items():
         if name not in headers[shard]:
-            raise WeightsError(f"{index} says that {name!r} is in {shard}, but it is not there: index and shards belong to different models.")
-    return {name: stored for h in headers.values() for name, stored in h.items()}
+            raise WeightsError(f"{index} says that {shown(name)} is in {shard}, but it is not there: index and shards belong to different models.")
+    return _together(headers.values())
 
 
 def _pickle(file: Path, folder: Path) -> WeightsError:
     return WeightsError(
-        f"{file} is a pickle, and opening one runs whatever program its writer put in it: it is not opened. If you trust it, convert it once: {UNPICKLE.format(folder)}"
+        f"{file} is a pickle, and opening one runs whatever program its writer put in it: it is not opened. "
+        f"If you trust it, convert it once: {UNPICKLE.format(folder)}"
     )
 
 
@@ -173,6 +194,6 @@ def read_json(file: Path) -> dict[str, Any]:
 def _first_bytes(file: Path) -> bytes:
     try:
         with file.open("rb") as f:
-            return f.read(8)
+            return f.read(9)
     except OSError as error:
         raise WeightsError(f"{file} cannot be read ({error.strerror}): check that it is yours to read.") from error

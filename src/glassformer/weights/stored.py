@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import math
 import os
+import reprlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +39,15 @@ TYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 """Types whose numbers stand by themselves; every other name is a type of quantised blocks (``quants``)."""
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxlong, _short.maxother = 2, 100, 40, 60
+
+
+def shown(value: Any) -> str:
+    """What a file says, short enough for an error: a name may have ten megabytes, a list a thousand levels."""
+    return _short.repr(value)
+
 
 CHUNK = 4 << 20  # bytes read at a time where the type changes on the way: stays in the processor's cache
 
@@ -105,14 +116,16 @@ class Stored:
                 raw = self.raw(at * size, (at + n) * size).view(n, size)
                 flat[at * row : (at + n) * row].copy_(quants.dequantise(raw, self.type).view(-1))
             return
-        width = self.nbytes // self.numel
+        width, buffer = self.nbytes // self.numel, torch.empty(min(CHUNK, self.nbytes), dtype=torch.uint8)
         for start in range(0, self.nbytes, CHUNK):
-            part = self.raw(start, min(start + CHUNK, self.nbytes)).view(self.dtype)
-            flat[start // width : start // width + part.numel()].copy_(part)
+            part = buffer[: self.nbytes - start]
+            self._read_into(part, start)
+            flat[start // width : (start + len(part)) // width].copy_(part.view(self.dtype))
 
     def _read_into(self, out: Tensor, start: int) -> None:
         """Fill the bytes ``out`` [n] from byte ``start`` of this tensor on."""
-        view = memoryview(out.numpy()).cast("B")
+        numbers: Any = out.numpy()
+        view = memoryview(numbers).cast("B")
         try:
             handle = os.open(self.file, os.O_RDONLY)
         except OSError as error:

@@ -13,6 +13,7 @@ from torch import Tensor
 from glassformer import weights
 from glassformer.core.tap import Record
 from parity.reference import close, greedy_together, hold_together, lively
+from weights.families import results
 
 VOCAB = 61
 COMMON: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
@@ -44,6 +45,9 @@ def hold_decoder(config: Any, tmp_path: Path, *, layers: int, t: int = 15, n: in
     if n:
         greedy_together(model, reference, ids(2, 5, seed=2), n)
     given_back(model, reference, tmp_path, type(reference))
+    again = type(reference).from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
+    with torch.no_grad():
+        close(model(ids(2, t)), again(ids(2, t)).logits, "logits of what was given back")
     return model, reference
 
 
@@ -62,6 +66,7 @@ def given_back(model: Any, reference: Any, tmp_path: Path, auto: Any, config: Ma
     assert bare.spec == model.spec
     for (name, x), (other, y) in zip(model.named_parameters(), bare.named_parameters(), strict=True):
         assert name == other and torch.equal(x, y), name
+    results.keep(model, reference, tmp_path / "theirs", ids(2, 11), ids(2, 7, seed=2))
 
 
 __all__ = ["COMMON", "VOCAB", "Record", "close", "given_back", "hold_decoder", "ids", "opened", "saved"]

@@ -16,7 +16,7 @@ from glassformer.parts.feedforward import ACTIVATIONS, FeedForward, Gated
 from glassformer.parts.norm import RMSNorm
 from glassformer.parts.rotary import Rotary
 
-from ..config import Config, rotary, rotary_config
+from ..config import Config, context_config, rotary, rotary_config
 from ..family import Family
 from ..rules import Rule
 
@@ -86,6 +86,7 @@ def common(spec: Decoder) -> dict[str, Any]:
     if isinstance(a.position, Rotary):
         made["rope_parameters"] = rotary_config(a.position)
         made["rope_theta"] = a.position.base
+        made |= context_config(a.position)
     if isinstance(f, FeedForward) and hasattr(f, "act") and hasattr(f, "d_ff"):
         made |= {"intermediate_size": f.d_ff, "hidden_act": act_name(f.act)}
     return made

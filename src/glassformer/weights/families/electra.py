@@ -1,0 +1,94 @@
+"""ELECTRA (arXiv 2003.10555): BERT's stack under a table that may be narrower than the stream; a generator and a discriminator.
+
+    word + type + position ─► LayerNorm ─► (embeddings_project) ─► blocks ─┬─► generator_predictions ─► generator_lm_head                  ForMaskedLM
+                                                                           ├─► discriminator_predictions: one logit, was it replaced?      ForPreTraining
+                                                                           ├─► first ─► classifier.dense ─► gelu ─► classifier.out_proj    ForSequenceClassification
+                                                                           └─► classifier                                                  ForTokenClassification
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from glassformer.models import Encoder
+from glassformer.models.init import BERT_INIT
+from glassformer.parts.embed import Embedding, LiftSum, NoLift
+from glassformer.parts.norm import NoNorm
+from glassformer.parts.position import Learned
+from glassformer.parts.readout import Classifier, Dense, LanguageModel, ReadOut, States, Tagger
+
+from ..config import Config
+from ..family import Family
+from ..rules import Rule
+from .bert import NAMES, common, head, n_classes, named, norm_rules, plain_encoder, post_norm, stack_rules, tied
+from .llama import act_named
+
+
+def spec(c: Config) -> Encoder:
+    """From config.json."""
+    plain_encoder(c)
+    c.ignore("summary_type", "summary_use_proj", "summary_activation", "summary_last_dropout")  # of a head for multiple choice
+    block = post_norm(c, c.number("layer_norm_eps", 1e-12))
+    d, width = c.whole("hidden_size"), c.whole("embedding_size", 128)
+    readouts: dict[str, ReadOut] = {
+        "ForMaskedLM": LanguageModel(bias=True, transform=Dense("gelu", block.norm, width=None if width == d else width)),
+        "ForPreTraining": Tagger(1, transform=Dense(act_named(c, "hidden_act", "gelu"))),
+        "ForSequenceClassification": Classifier(n_classes(c), transform=Dense("gelu")),
+        "ForTokenClassification": Tagger(n_classes(c)),
+        "Model": States(),
+    }
+    readout = readouts[head(c, *readouts)]
+    lift = NoLift() if width == d else LiftSum(width)
+    return Encoder(
+        c.whole("vocab_size"),
+        d,
+        (block,) * c.whole("num_hidden_layers"),
+        final_norm=NoNorm(),
+        tied=tied(c, readout),
+        embedding=Embedding(n_types=c.whole("type_vocab_size", 2), norm=block.norm, lift=lift),
+        position=Learned(c.whole("max_position_embeddings", 512)),
+        readout=readout,
+        init=BERT_INIT,
+    )
+
+
+def config(spec: Encoder) -> dict[str, Any]:
+    """To config.json."""
+    names = NAMES | ({Tagger: "ForPreTraining"} if _finds_replaced(spec) else {})
+    made = {"model_type": "electra", **named(spec, "Electra", names), **common(spec), "embedding_size": spec.embedding.lift.widths(spec.d_model)[0]}
+    if _finds_replaced(spec):
+        del made["num_labels"]  # one logit per token, not classes
+    return made
+
+
+def _finds_replaced(spec: Encoder) -> bool:
+    return isinstance(spec.readout, Tagger) and spec.readout.transform is not None
+
+
+def heads(spec: Encoder) -> tuple[Rule, ...]:
+    """What the parameters of the read-out are called."""
+    if isinstance(spec.readout, LanguageModel):
+        return (
+            Rule("readout.transform.linear.{w}", "generator_predictions.dense.{w}"),
+            *norm_rules("readout.transform.norm", "generator_predictions.LayerNorm"),
+            Rule("readout.matrix", "generator_lm_head.weight"),
+            Rule("readout.bias", "generator_lm_head.bias"),
+        )
+    stem = "discriminator_predictions" if _finds_replaced(spec) else "classifier"
+    last = {"discriminator_predictions": "discriminator_predictions.dense_prediction", "classifier": "classifier.out_proj"}[stem]
+    plain = isinstance(spec.readout, Tagger) and not _finds_replaced(spec)
+    return Rule("readout.transform.linear.{w}", f"{stem}.dense.{{w}}"), Rule("readout.linear.{w}", "classifier.{w}" if plain else f"{last}.{{w}}")
+
+
+ELECTRA = Family(
+    "ELECTRA",
+    ("electra",),
+    spec,
+    config,
+    (*stack_rules("electra"), Rule("embed.lift_sum.{w}", "electra.embeddings_project.{w}")),
+    tied={"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"},
+    ignored=("electra.embeddings.position_ids", "electra.embeddings.token_type_ids"),
+    unused=("discriminator_predictions.*", "generator_predictions.*", "generator_lm_head.*"),
+    prefix="electra.",
+    by_spec=heads,
+)

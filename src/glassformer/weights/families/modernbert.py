@@ -1,0 +1,150 @@
+"""ModernBERT (arXiv 2412.13663): pre-norm, rotary with two bases, most layers local, gated feed-forward, hardly a bias.
+
+    tok_embeddings ─► norm ─► [ (attn_norm) ─► Wqkv ─► rotary ─► Wo ─► + ─► mlp_norm ─► Wi ─► act(first half) * second ─► Wo ─► + ] ─► final_norm
+        ─► head: dense ─► act ─► norm ─┬─► decoder                              ForMaskedLM
+                                       ├─► classifier (of the pooled states)    ForSequenceClassification
+                                       └─► classifier                           ForTokenClassification
+
+The first layer's attention reads the embedding's norm as it is, without one of its own. Layers are ``full_attention`` (the global base) or
+``sliding_attention`` (the local base; a position sees ``local_attention // 2`` others on either side).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from glassformer.core.errors import WeightsError
+from glassformer.core.mask import Everything, Window
+from glassformer.models import Block, Encoder
+from glassformer.models.init import BERT_INIT
+from glassformer.parts.attention import Attention
+from glassformer.parts.embed import Embedding
+from glassformer.parts.feedforward import Gated
+from glassformer.parts.norm import LayerNorm
+from glassformer.parts.readout import Classifier, Dense, First, LanguageModel, Mean, ReadOut, States, Tagger
+from glassformer.parts.rotary import Rotary
+from glassformer.parts.wiring import PreNorm
+
+from ..config import Config, context_config, rotary, rotary_config
+from ..family import Family
+from ..rules import Rule
+from .bert import NAMES, head, head_fields, n_classes, named, tied
+from .llama import act_name, act_named, layers, windows
+
+GLOBAL, LOCAL = 160_000.0, 10_000.0
+POOLS: dict[str, Any] = {"cls": First(), "mean": Mean()}
+
+
+def spec(c: Config) -> Encoder:
+    """From config.json."""
+    c.ignore("tie_word_embeddings", "deterministic_flash_attn")  # the first is read again by the one head that has such a table
+    n, d = layers(c), c.whole("hidden_size")
+    norm = LayerNorm(eps=c.number("norm_eps", 1e-5), bias=bool(c("norm_bias", False)))
+    every = c.whole("global_attn_every_n_layers", 3)
+    kinds = c("layer_types", ["sliding_attention" if i % every else "full_attention" for i in range(n)])
+    bases = {"full_attention": c.number("global_rope_theta", GLOBAL), "sliding_attention": c.number("local_rope_theta", LOCAL)}
+    turns = {kind: rotary(c, kind=kind, base=base) for kind, base in bases.items()}
+    biased = bool(c("attention_bias", False))
+    masks = windows(c, kinds, c.whole("local_attention", 128) // 2 + 1)  # a window counts the position itself
+    inner = Gated(c.whole("intermediate_size"), act=act_named(c, "hidden_activation", "gelu"), bias=bool(c("mlp_bias", False)))
+    blocks = []
+    for i, (kind, mask) in enumerate(zip(kinds, masks, strict=True)):
+        attention = Attention(c.whole("num_attention_heads"), position=turns[kind], mask=mask, qkv_bias=biased, out_bias=biased)
+        blocks.append(Block(attention, inner, norm=norm, wiring=PreNorm() if i else PreNorm(bare=("attn",))))
+    readout = _readout(c, norm)
+    return Encoder(
+        c.whole("vocab_size"),
+        d,
+        tuple(blocks),
+        final_norm=norm,
+        tied=tied(c, readout),
+        embedding=Embedding(norm=norm),
+        readout=readout,
+        init=BERT_INIT,
+    )
+
+
+def _readout(c: Config, norm: LayerNorm) -> ReadOut:
+    transform = Dense(act_named(c, "classifier_activation", "gelu"), norm, bias=bool(c("classifier_bias", False)))
+    pooling = c.only("classifier_pooling", *POOLS)
+    readouts: dict[str, ReadOut] = {
+        "ForMaskedLM": LanguageModel(bias=bool(c("decoder_bias", True)), transform=transform),
+        "ForSequenceClassification": Classifier(n_classes(c), pool=POOLS[pooling], transform=transform),
+        "ForTokenClassification": Tagger(n_classes(c), transform=transform),
+        "Model": States(),
+    }
+    return readouts[head(c, *readouts)]
+
+
+def config(spec: Encoder) -> dict[str, Any]:
+    """To config.json."""
+    first, readout = spec.blocks[0], spec.readout
+    inner, norm, transform = (first.feedforward, first.norm, getattr(readout, "transform", None))
+    masks = [b.attention.mask for b in spec.blocks]
+    turns = {isinstance(m, Window): b.attention.position for m, b in zip(masks, spec.blocks, strict=True)}
+    rope = {
+        "full_attention": rotary_config(_rotary(turns.get(False, Rotary(base=GLOBAL)))),
+        "sliding_attention": rotary_config(_rotary(turns.get(True, Rotary(base=LOCAL)))),
+    }
+    made: dict[str, Any] = {
+        "model_type": "modernbert",
+        **named(spec, "ModernBert", NAMES),
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.d_model,
+        "intermediate_size": getattr(inner, "d_ff", None),
+        "num_hidden_layers": len(spec.blocks),
+        "num_attention_heads": first.attention.n_heads,
+        "hidden_activation": act_name(getattr(inner, "act", "")),
+        "norm_eps": getattr(norm, "eps", None),
+        "norm_bias": getattr(norm, "bias", None),
+        "attention_bias": first.attention.qkv_bias,
+        "mlp_bias": getattr(inner, "bias", None),
+        "layer_types": ["full_attention" if isinstance(m, Everything) else "sliding_attention" for m in masks],
+        "local_attention": next((2 * (m.size - 1) for m in masks if isinstance(m, Window)), 128),
+        "rope_parameters": rope,
+        **context_config(_rotary(first.attention.position)),
+        **head_fields(spec),
+    }
+    if isinstance(transform, Dense):
+        made |= {"classifier_activation": act_name(transform.act), "classifier_bias": transform.bias}
+    if isinstance(readout, LanguageModel):
+        made["decoder_bias"] = readout.bias
+    if isinstance(readout, Classifier):
+        made["classifier_pooling"] = {pool: name for name, pool in POOLS.items()}[readout.pool]
+    return made
+
+
+def _rotary(position: Any) -> Rotary:
+    if not isinstance(position, Rotary):
+        raise WeightsError(f"ModernBERT's positions are rotary, but a layer has {type(position).__name__}.")
+    return position
+
+
+LAYER = "model.layers.{i}"
+RULES = (
+    Rule("embed.weight", "model.embeddings.tok_embeddings.weight"),
+    Rule("embed.norm.{w}", "model.embeddings.norm.{w}"),
+    Rule("blocks.{i}.norm1.{w}", f"{LAYER}.attn_norm.{{w}}"),
+    Rule("blocks.{i}.attn.qkv.{w}", f"{LAYER}.attn.Wqkv.{{w}}"),
+    Rule("blocks.{i}.attn.out.{w}", f"{LAYER}.attn.Wo.{{w}}"),
+    Rule("blocks.{i}.norm2.{w}", f"{LAYER}.mlp_norm.{{w}}"),
+    Rule("blocks.{i}.ffn.gate_up.{w}", f"{LAYER}.mlp.Wi.{{w}}"),
+    Rule("blocks.{i}.ffn.down.{w}", f"{LAYER}.mlp.Wo.{{w}}"),
+    Rule("final_norm.{w}", "model.final_norm.{w}"),
+    Rule("readout.transform.linear.{w}", "head.dense.{w}"),
+    Rule("readout.transform.norm.{w}", "head.norm.{w}"),
+    Rule("readout.matrix", "decoder.weight"),
+    Rule("readout.bias", "decoder.bias"),
+    Rule("readout.linear.{w}", "classifier.{w}"),
+)
+
+MODERNBERT = Family(
+    "ModernBERT",
+    ("modernbert",),
+    spec,
+    config,
+    RULES,
+    tied={"decoder.weight": "model.embeddings.tok_embeddings.weight"},
+    unused=("head.dense.{w}", "head.norm.{w}", "decoder.{w}"),
+    prefix="model.",
+)

@@ -1,0 +1,129 @@
+"""Opening and loading: what is said of a checkpoint, the types it is loaded in, our own format among the others."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import glassformer as gf
+from glassformer import weights
+from glassformer.core.errors import TokenizerError, WeightsError
+from glassformer.models.presets import llama
+from glassformer.parts.rotary import Rotary
+
+SPEC = llama(61, 32, 2, 4, 2, 44, Rotary())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    weights.export_hf(SPEC.build(seed=0), tmp_path / "m", config={"model_type": "llama", "max_position_embeddings": 99, "eos_token_id": 7})
+    return tmp_path / "m"
+
+
+def change(folder, **fields):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_an_opened_folder_says_what_it_is(folder):
+    opened = weights.open(folder)
+    assert opened.kind == "hf" and opened.family.name == "Llama" and opened.path == folder
+    assert len(opened.tensors) == 21 and repr(opened) == f"{folder}: Llama, Hugging Face folder, 21 tensors (0.1 MB F32), unread"
+    assert opened.tensors["model.embed_tokens.weight"].shape == (61, 32)
+    assert opened.config["max_position_embeddings"] == 99  # what changes nothing travels along
+    assert opened.tokenizer is None and opened.generation == {}
+    qkv = next(f for f in opened.plan.fillings if f.path == "blocks.1.attn.qkv.weight")
+    assert [s.name for s in qkv.stored] == [f"model.layers.1.self_attn.{n}_proj.weight" for n in "qkv"]
+
+
+def test_the_report_names_every_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}, folder / "model.safetensors")
+    model, report = weights.open(folder).load()
+    assert {n for names in report.used.values() for n in names} == set(tensors)
+    assert report.used.keys() == dict(model.named_parameters()).keys()
+    assert report.left == {"model.layers.0.self_attn.rotary_emb.inv_freq": "holds nothing learnt"} and report.tied == {}
+    text = str(report)
+    assert f"{len(tensors)} tensors fill {len(report.used)} parameters" in text and "missing: none" in text
+    assert "left over, holds nothing learnt: model.layers.0.self_attn.rotary_emb.inv_freq" in text
+    assert report.bytes == 4 * model.params().total and report.dtype == "float32" and not model.training
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "made"), [("bf16", None, "bfloat16"), ("fp16", None, "float32"), ("fp16", "fp16", "float16"), ("fp32", "bf16", "bfloat16")]
+)
+def test_types(tmp_path, stored, asked, made):
+    model = SPEC.build(seed=0, dtype=stored)
+    weights.export_hf(model, tmp_path)
+    again, report = weights.open(tmp_path).load(dtype=asked)
+    assert report.dtype == made
+    for x, y in zip(model.parameters(), again.parameters(), strict=True):
+        assert y.dtype == getattr(torch, made) and torch.equal(x.to(y.dtype), y)
+
+
+def test_a_type_that_does_not_exist_is_named(folder):
+    with pytest.raises(gf.SpecError, match="No data type is named 'int3'"):
+        weights.open(folder).load(dtype="int3")
+
+
+def test_one_matrix_by_the_config_but_two_in_the_file(tmp_path):
+    weights.export_hf(SPEC.build(seed=0), tmp_path)
+    change(tmp_path, tie_word_embeddings=True)
+    with pytest.raises(WeightsError, match="'lm_head.weight' and 'model.embed_tokens.weight' are one matrix by the config .* two different ones"):
+        weights.open(tmp_path).load()
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors")
+    model, report = weights.open(tmp_path).load()
+    assert report.tied == {"lm_head.weight": "model.embed_tokens.weight"} and model.spec.tied
+    assert "repeats another: lm_head.weight = model.embed_tokens.weight" in str(report)
+
+
+def test_a_field_that_is_not_understood_is_an_error_unless_it_is_known_to_be_harmless(folder):
+    change(folder, residual_multiplier=0.22)
+    with pytest.raises(WeightsError, match=r"residual_multiplier is 0.22.*not understood.*ignore=\['residual_multiplier'\]"):
+        weights.open(folder)
+    assert weights.open(folder, ignore=["residual_multiplier"]).spec == weights.open(folder, ignore=["residual_multiplier", "x"]).spec
+
+
+def test_load_opens_everything(folder, tmp_path):
+    loaded = gf.load(folder)
+    assert loaded.extra["config"]["eos_token_id"] == 7 and loaded.eos_ids == (7,) and loaded.report.family == "Llama"
+    gf.save(loaded.model, tmp_path / "own", extra=loaded.extra)
+    own = gf.load(tmp_path / "own")
+    assert own.extra == loaded.extra and own.report is None and own.model.spec == loaded.model.spec
+    opened = weights.open(tmp_path / "own")
+    model, report = opened.load(dtype="bf16")
+    assert (
+        opened.kind == "own"
+        and model.spec == loaded.model.spec
+        and report.dtype == "bfloat16"
+        and repr(opened) == f"{tmp_path / 'own'}: glassformer's own format"
+    )
+    weights.export_hf(own.model, tmp_path / "back", config=own.extra["config"])
+    back = gf.load(tmp_path / "back")
+    assert back.eos_ids == (7,)
+    for x, y in zip(loaded.model.parameters(), back.model.parameters(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_conversation_needs_a_tokenizer(folder):
+    with pytest.raises(TokenizerError, match="no tokenizer, so a conversation means nothing"):
+        gf.load(folder).chat([{"role": "user", "content": "Hello"}])
+
+
+def test_several_tokens_may_end_a_text(folder):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
+    assert gf.load(folder).eos_ids == (3, 4)
+
+
+def test_an_opened_spec_may_be_changed_before_it_is_loaded(folder):
+    opened = weights.open(folder)
+    opened.spec = opened.spec.at("blocks.*.attention.position").set(gf.NoPosition())
+    model, _ = opened.load()
+    plain = gf.load(folder).model
+    ids = torch.randint(61, (1, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert not torch.allclose(model(ids), plain(ids), atol=1e-6) and model.spec == opened.spec
