@@ -13,13 +13,14 @@ from torch import Tensor
 
 from glassformer.core.errors import SpecError
 from glassformer.core.tap import Edit, Record
-from glassformer.models import Block, Decoder
+from glassformer.models import Block, Decoder, Encoder, EncoderDecoder
 from glassformer.parts.attention import Attention
 from glassformer.parts.feedforward import Gated, Plain
 from glassformer.parts.norm import Joint, LayerNorm, NoNorm, RMSNorm
 from glassformer.parts.rotary import DynamicNTKScaling, LongRope, NTKScaling, Rotary
 from glassformer.parts.wiring import Parallel, PreNorm, ReorderedNorm
 from oracle import papers
+from shapes import check_shapes
 from tools import VOCAB, D, a_pass, built, draw, fresh, same, tokens
 
 F64 = torch.float64
@@ -184,6 +185,14 @@ def test_the_sites_of_a_joint_norm():
         untouched = model(ids, tap=Edit("blocks.0.attn.k_norm.scale", lambda s: s))
     same(untouched, logits)
     assert (doubled - logits).abs().max() > 1e-3
+
+
+def test_joint_norms_the_keys_of_a_memory_too():
+    cross = Attention(4, n_kv_heads=2, qk_norm=Joint())
+    encoder = Encoder(VOCAB, D, (Block(Attention(4), Plain(32)),))
+    model = fresh(EncoderDecoder(encoder, Decoder(VOCAB, D, (Block(Attention(4), Plain(32), cross=cross),))))
+    check_shapes(model, tokens(2, 5))
+    assert {s.path: s.axes for s in model.sites()}["decoder.blocks.0.cross.k_norm.scale"] == "b s 1"
 
 
 def test_joint_without_heads_is_the_norm_itself():

@@ -309,3 +309,33 @@ def test_llama_cpp_gives_the_same_ids(name: str, tmp_path: Path) -> None:
     )
     for text in (MIXED, shakespeare()[:2_000], "a\r\n\r\nb", "1234567 12 1", "don't DON'T"):
         assert model.tokenize(text.encode(), add_bos=False, special=False) == original.encode(text, allow_special=False)
+
+
+@pytest.mark.parametrize("symbols", [[], ["\n\n", "<sep>"]], ids=str)
+def test_llama_cpp_gives_the_same_ids_by_scores(symbols: list[str], tmp_path: Path) -> None:
+    gguf, llama_cpp = pytest.importorskip("gguf"), pytest.importorskip("llama_cpp")
+    data = sentencepiece_file(
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=symbols,
+        add_dummy_prefix=not symbols,  # llama.cpp puts a space behind such a piece too, SentencePiece only before the text; Gemma has none
+    )
+    tokenizer = Tokenizer(library_of(parse(data), add_bos=True), {"bos": "<s>", "eos": "</s>", "unk": "<unk>"})
+    model = llama_cpp.Llama(str(write(gguf, tmp_path / "vocab.gguf", gguf_metadata(tokenizer))), vocab_only=True, verbose=False)
+    for text in (MIXED, shakespeare()[:2_000], " two  spaces ", "日本語 é e\u0301", "aaaaaa"):
+        assert model.tokenize(text.encode(), add_bos=False, special=False) == tokenizer.encode(text, allow_special=False)
+        assert model.tokenize(text.encode(), add_bos=True, special=True) == tokenizer.encode(text, add_special=True)
+
+
+def test_llama_cpp_gives_the_same_ids_for_wordpiece(tmp_path: Path) -> None:
+    gguf, llama_cpp = pytest.importorskip("gguf"), pytest.importorskip("llama_cpp")
+    library = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    library.normalizer, library.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    library.train_from_iterator([shakespeare()[:30_000]], trainers.WordPieceTrainer(vocab_size=500, special_tokens=special, show_progress=False))
+    tokenizer = Tokenizer(library)
+    model = llama_cpp.Llama(str(write(gguf, tmp_path / "vocab.gguf", gguf_metadata(tokenizer))), vocab_only=True, verbose=False)
+    for text in (shakespeare()[:2_000], "It's NAÏVE, ok?", "hello world"):
+        assert model.tokenize(text.encode(), add_bos=False, special=False) == tokenizer.encode(text, allow_special=False)

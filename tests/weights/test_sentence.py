@@ -94,7 +94,11 @@ def test_a_vector_with_a_map_after_pooling_has_no_such_form(tmp_path):
 @pytest.mark.parametrize(
     ("kinds", "pooling", "said"),
     [
-        (["Transformer", "Pooling", "Dense", "Normalize"], {}, "asks for Transformer then Pooling then Dense then Normalize, but only Transformer then Pooling"),
+        (
+            ["Transformer", "Pooling", "Dense", "Normalize"],
+            {},
+            "asks for Transformer then Pooling then Dense then Normalize, but only Transformer then Pooling",
+        ),
         (["Transformer"], {}, "asks for Transformer, but only Transformer then Pooling, and Normalize after them, are supported"),
         ([], {}, "asks for nothing, but only"),
         (["Transformer", "Pooling"], {"pooling_mode_max_tokens": True}, "pools by max, but only one of cls, mean, lasttoken is supported"),

@@ -84,8 +84,12 @@ class ExpertsLayer(nn.Module):
             out = out + self.shared(x, p.at("shared"))
         return p.see(sites.EXPERTS_OUT, out)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def route(self, x: Tensor, chosen: Tensor, weights: Tensor, p: Pass) -> Tensor:
-        """Each expert reads the tokens that chose it; their outputs are added up by weight."""
+        """Each expert reads the tokens that chose it; their outputs are added up by weight.
+
+        How many those are is known only when it happens, and a compiled graph would be made anew for every count: this runs as it is written.
+        """
         if x.is_meta:  # shapes only: nothing is chosen where there are no values
             return torch.empty_like(x)
         inner = replace(p, tap=None)  # an expert sees an odd lot of tokens: its inside has no axes of its own

@@ -116,8 +116,10 @@ class SinusoidalLayer(PositionLayer):
         self.spec, self.d = spec, d
 
     def add(self, positions: Tensor, x: Tensor) -> Tensor:
-        rates = self.spec.base ** (-torch.arange(0, self.d, 2, device=x.device, dtype=torch.float32) / self.d)
-        angles = positions[..., None].float() * rates
+        # In float32 an angle of 500 radians is off by 3e-5, and so are its sine and cosine.
+        exact = torch.float32 if x.device.type == "mps" else torch.float64
+        rates = self.spec.base ** (-torch.arange(0, self.d, 2, device=x.device, dtype=exact) / self.d)
+        angles = positions[..., None].to(exact) * rates
         if self.spec.layout == "halves":
             return torch.cat([angles.sin(), angles.cos()[..., : self.d // 2]], -1).to(x.dtype)
         return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)[..., : self.d].to(x.dtype)

@@ -349,6 +349,22 @@ class Charsmap:
             raise ValueError(f"its trie claims {size} of {len(raw) - 4} bytes")
         self._units = struct.unpack_from(f"<{size // 4}I", raw, 4)
         self._texts = raw[4 + size :]
+        self._texts.decode("utf-8")
+        self._check()
+
+    def _check(self) -> None:
+        """That no text leads out of the map: the library would end the process's thread over it."""
+        units, texts = self._units, self._texts
+        for at, unit in enumerate(units):
+            if unit >> 31:  # a replacement; whoever leads here is checked
+                continue
+            children = at ^ _offset(unit)
+            if children | 0xFF >= len(units):
+                raise ValueError(f"its entry {at} points to entry {children} of {len(units)}")
+            if unit >> 8 & 1:
+                place = units[children] & 0x7FFFFFFF
+                if place >= len(texts) or texts[place] & 0xC0 == 0x80:
+                    raise ValueError(f"its entry {at} points to byte {place} of {len(texts)}, where no text begins")
 
     def longest(self, key: bytes) -> tuple[int, str] | None:
         """The length of the longest key that ``key`` begins with, and what replaces it."""

@@ -467,10 +467,12 @@ class _Sources:
             if turn >= len(found):
                 return None
             *qkv, scale = found[turn]
-            if which == 0:
-                return qkv[0].transpose(1, 2) * (scale / part.scale)  # the scale may already be in the queries
             x = qkv[which]
-            return (x[:, :: x.shape[1] // part.n_kv_heads] if x.shape[1] > part.n_kv_heads else x).transpose(1, 2)
+            x = (x[:, :: x.shape[1] // part.n_kv_heads] if which and x.shape[1] > part.n_kv_heads else x).transpose(1, 2)
+            if which < 2 and isinstance(part, LatentAttentionLayer):
+                plain = self.of[f"{path}.q"]() if f"{path}.q" in self.of else None
+                x = None if plain is None else _together(x, qkv[0].transpose(1, 2), plain, part.d_rope)
+            return x * (scale / part.scale) if x is not None and which == 0 else x  # the scale may already be in the queries
 
         self.of[f"{path}.q_rot"], self.of[f"{path}.k_rot"] = lambda: asked(0), lambda: asked(1)
         self.of.setdefault(f"{path}.v", lambda: asked(2))
@@ -558,6 +560,20 @@ def _cut(calls: list[_Call] | None, order: Tensor | None, widths: tuple[int, ...
         return None
     joined = joined[..., order]
     return joined if widths == (-1,) else joined.split(widths, -1)[j]
+
+
+def _together(x: Tensor, q: Tensor, plain: Tensor, d_rope: int) -> Tensor | None:
+    """``x`` [b t h k] with the pairs that turn together side by side, as they are projected; some references pull them apart as they turn them.
+
+    Told from their own queries at the first position, where nothing has turned: ``q`` after and ``plain`` before (up to a factor, as YaRN has).
+    """
+    before = plain.reshape(q.shape)[:, 0, :, -d_rope:].double()
+    after, pulled = q[:, 0, :, -d_rope:].double(), torch.cat([before[..., ::2], before[..., 1::2]], -1)
+    for order, kept in ((slice(None), before), (torch.arange(d_rope).view(2, -1).T.flatten(), pulled)):
+        factor = (after * kept).sum() / (kept * kept).sum()
+        if torch.allclose(after, factor * kept, rtol=1e-2, atol=1e-2 * float(after.abs().max())):
+            return torch.cat([x[..., :-d_rope], x[..., -d_rope:][..., order]], -1)
+    return None
 
 
 def _transposed(linear: nn.Module) -> bool:

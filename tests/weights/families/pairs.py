@@ -10,8 +10,9 @@ import transformers
 
 from glassformer import weights
 from glassformer.core.tap import Record
-from weights.families.harness import close, ids, opened
 from parity.reference import lively
+from weights.families import results
+from weights.families.harness import close, ids, opened
 
 LENGTHS = (15, 4, 9)
 
@@ -89,6 +90,7 @@ def given_back(model: Any, reference: Any, tmp_path: Path, unread: tuple[str, ..
     assert bare.spec == model.spec
     for (name, x), (other, y) in zip(model.named_parameters(), bare.named_parameters(), strict=True):
         assert name == other and torch.equal(x, y), name
+    results.keep(model, reference, tmp_path / "theirs", ids(2, 11), ids(2, 7, seed=2))
 
 
 __all__ = ["hold_pair"]

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from glassformer import weights
 from glassformer.core.errors import WeightsError
 from glassformer.parts.readout import Classifier, LanguageModel, States, Tagger
-from weights.families.encoders import VOCAB, hold_encoder
 from parity.reference import lively
+from weights.families.encoders import VOCAB, hold_encoder
 
 SIZES: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": 0, "num_hidden_layers": 3, "max_position_embeddings": 24, "attn_implementation": "eager"}
 SIZES |= {"hidden_size": 30, "num_attention_heads": 5, "intermediate_size": 22}
@@ -109,7 +109,7 @@ def test_a_head_that_is_not_there_is_missed_and_one_that_nobody_asked_for_is_nam
     with pytest.raises(WeightsError, match="the parameter 'readout.transform.linear.weight' needs the tensor 'bert.pooler.dense.weight', which is not there"):
         weights.open(tmp_path).load()
     rewritten(tmp_path, config | {"architectures": ["BertForQuestionAnswering"]})
-    with pytest.raises(WeightsError, match="architectures is 'BertForQuestionAnswering', but of this family only ForMaskedLM, .* are supported"):
+    with pytest.raises(WeightsError, match="architectures is 'BertForQuestionAnswering', but of this family only BertForMaskedLM, .* are supported"):
         weights.open(tmp_path)
     rewritten(tmp_path, config | {"architectures": "BertModel"})
     with pytest.raises(WeightsError, match="architectures is 'BertModel', but a list with the name of a class is needed"):

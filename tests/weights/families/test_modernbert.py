@@ -11,8 +11,8 @@ import transformers as tf
 from glassformer import weights
 from glassformer.core.errors import WeightsError
 from glassformer.core.mask import Everything, Window
-from weights.families.encoders import VOCAB, hold_encoder
 from parity.reference import lively
+from weights.families.encoders import VOCAB, hold_encoder
 
 
 def modernbert(**more: Any) -> Any:

@@ -1,7 +1,7 @@
 """BART (arXiv 1910.13461): post-norm halves, learned positions from the third row on, a normed embedding, a bias on the logits.
 
-    shared * (sqrt(d)) + encoder.embed_positions ─► layernorm_embedding ─► encoder.layers ─► memory
-    shared * (sqrt(d)) + decoder.embed_positions ─► layernorm_embedding ─► decoder.layers (encoder_attn reads the memory) ─► lm_head + final_logits_bias
+shared * (sqrt(d)) + encoder.embed_positions ─► layernorm_embedding ─► encoder.layers ─► memory
+shared * (sqrt(d)) + decoder.embed_positions ─► layernorm_embedding ─► decoder.layers (encoder_attn reads the memory) ─► lm_head + final_logits_bias
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ class Row(Form):
 # What BART and Marian share
 
 
-def halves(c: Config, norm: Norm, position: Position, readouts: dict[str, ReadOut], *, vocab: tuple[int, int], shared: bool, start: int) -> EncoderDecoder:
-    """Both halves by their usual names; ``norm`` is the embedding's, ``vocab`` the sizes of the two vocabularies."""
+def halves(
+    c: Config, stem: str, norm: Norm, position: Position, readouts: dict[str, ReadOut], *, vocab: tuple[int, int], shared: bool, start: int
+) -> EncoderDecoder:
+    """Both halves by their usual names; ``stem`` begins the names of the family's classes, ``norm`` is the embedding's, ``vocab`` the sizes of the two vocabularies."""
     c.only("is_decoder", False)
     c.only("is_encoder_decoder", True)
     for key in ("normalize_before", "add_final_layer_norm"):  # written by the first configs; no class computes otherwise
@@ -52,7 +54,7 @@ def halves(c: Config, norm: Norm, position: Position, readouts: dict[str, ReadOu
     c.ignore("add_bias_logits", "extra_pos_embeddings", "force_bos_token_to_be_generated", "num_hidden_layers", "hidden_size", "num_attention_heads")
     d = c.whole("d_model")
     embedding = Embedding(scale=SqrtWidth() if c("scale_embedding", False) else Unit(), norm=norm)
-    readout = readouts[head(c, *readouts)]
+    readout = readouts[head(c, (stem,), tuple(readouts))]
 
     def stack(name: str, cross: bool) -> tuple[Block, ...]:
         attention = Attention(c.whole(f"{name}_attention_heads"), qkv_bias=True, out_bias=True)
@@ -118,7 +120,7 @@ def spec(c: Config) -> EncoderDecoder:
     readouts: dict[str, ReadOut] = {"ForConditionalGeneration": LanguageModel(bias=True), "Model": States()}
     position = Learned(c.whole("max_position_embeddings", 1_024), offset=OFFSET)
     shared, start = bool(c("tie_word_embeddings", True)), int(c("decoder_start_token_id", 2))
-    return halves(c, LayerNorm(), position, readouts, vocab=(vocab, vocab), shared=shared, start=start)
+    return halves(c, "Bart", LayerNorm(), position, readouts, vocab=(vocab, vocab), shared=shared, start=start)
 
 
 def config(spec: EncoderDecoder) -> dict[str, Any]:

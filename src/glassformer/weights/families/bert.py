@@ -1,9 +1,11 @@
 """BERT (arXiv 1810.04805), and what the encoders that came from it share: a stack of post-norm blocks under one of several heads.
 
-    word + type + position ─► LayerNorm ─► [ q k v ─► dense ─► + ─► LayerNorm ─► intermediate ─► output ─► + ─► LayerNorm ] ─┬─► cls.predictions      ForMaskedLM
-                                                                                                                            ├─► pooler ─► classifier  ForSequenceClassification
-                                                                                                                            ├─► classifier            ForTokenClassification
-                                                                                                                            └─► the states            Model
+    word + type + position ─► LayerNorm ─► blocks ─┬─► cls.predictions          ForMaskedLM
+                                                   ├─► pooler ─► classifier     ForSequenceClassification
+                                                   ├─► classifier               ForTokenClassification
+                                                   └─► the states               Model
+
+    block: q k v ─► attention.output.dense ─► + ─► LayerNorm ─► intermediate ─► output.dense ─► + ─► LayerNorm
 
 Which head a checkpoint has is said by ``architectures`` in its config.json. Tensors of other heads that lie beside it (a pooler, the prediction of
 the next sentence) are left over by name.
@@ -46,16 +48,16 @@ class Repeated(Form):
         return ours, ours.clone()
 
 
-def head(c: Config, *known: str) -> str:
-    """Which of the ``known`` endings (``"ForMaskedLM"``) the config's ``architectures`` has; ``"Model"`` where it says nothing."""
-    names = c("architectures", None) or ["Model"]
+def head(c: Config, stems: Sequence[str], known: Sequence[str]) -> str:
+    """Which of the ``known`` endings (``"ForMaskedLM"``) follows one of the ``stems`` in the config's ``architectures``; ``"Model"`` where it says nothing."""
+    names = c("architectures", None) or [f"{stems[0]}Model"]
     if not isinstance(names, list) or not isinstance(names[0], str):
         raise WeightsError(f"{c.file}: architectures is {shown(names)}, but a list with the name of a class is needed.")
-    for ending in (*known, "Model"):
-        if names[0].endswith(ending):
+    for ending in known:
+        if names[0] in [stem + ending for stem in stems]:
             return ending
-    heads = ", ".join(k for k in known if k != "Model")
-    raise WeightsError(f"{c.file}: architectures is {shown(names[0])}, but of this family only {heads} and the bare Model are supported.")
+    choices = ", ".join(stems[0] + ending for ending in known)
+    raise WeightsError(f"{c.file}: architectures is {shown(names[0])}, but of this family only {choices} are supported.")
 
 
 def n_classes(c: Config) -> int:
@@ -165,7 +167,7 @@ def spec(c: Config) -> Encoder:
         "Model": States(),
     }
     readouts["ForPreTraining"] = readouts["ForMaskedLM"]  # and whether a sentence follows another, which is left out
-    readout = readouts[head(c, *readouts)]
+    readout = readouts[head(c, ("Bert",), tuple(readouts))]
     return Encoder(
         c.whole("vocab_size"),
         c.whole("hidden_size"),

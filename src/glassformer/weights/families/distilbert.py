@@ -1,8 +1,8 @@
 """DistilBERT (arXiv 1910.01108): BERT's stack with half the blocks, no token types, and fields and tensors by names of its own.
 
-    states ─┬─► vocab_transform ─► act ─► vocab_layer_norm ─► vocab_projector    ForMaskedLM
-            ├─► first ─► pre_classifier ─► relu ─► classifier                    ForSequenceClassification
-            └─► classifier                                                       ForTokenClassification
+states ─┬─► vocab_transform ─► act ─► vocab_layer_norm ─► vocab_projector    ForMaskedLM
+        ├─► first ─► pre_classifier ─► relu ─► classifier                    ForSequenceClassification
+        └─► classifier                                                       ForTokenClassification
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def spec(c: Config) -> Encoder:
         "ForTokenClassification": Tagger(n_classes(c)),
         "Model": States(),
     }
-    readout = readouts[head(c, *readouts)]
+    readout = readouts[head(c, ("DistilBert",), tuple(readouts))]
     return Encoder(
         c.whole("vocab_size"),
         c.whole("dim"),

@@ -1,9 +1,9 @@
 """ELECTRA (arXiv 2003.10555): BERT's stack under a table that may be narrower than the stream; a generator and a discriminator.
 
-    word + type + position ─► LayerNorm ─► (embeddings_project) ─► blocks ─┬─► generator_predictions ─► generator_lm_head                  ForMaskedLM
-                                                                           ├─► discriminator_predictions: one logit, was it replaced?      ForPreTraining
-                                                                           ├─► first ─► classifier.dense ─► gelu ─► classifier.out_proj    ForSequenceClassification
-                                                                           └─► classifier                                                  ForTokenClassification
+word + type + position ─► LayerNorm ─► (embeddings_project) ─► blocks ─┬─► generator_predictions ─► generator_lm_head                  ForMaskedLM
+                                                                       ├─► discriminator_predictions: one logit, was it replaced?      ForPreTraining
+                                                                       ├─► first ─► classifier.dense ─► gelu ─► classifier.out_proj    ForSequenceClassification
+                                                                       └─► classifier                                                  ForTokenClassification
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def spec(c: Config) -> Encoder:
         "ForTokenClassification": Tagger(n_classes(c)),
         "Model": States(),
     }
-    readout = readouts[head(c, *readouts)]
+    readout = readouts[head(c, ("Electra",), tuple(readouts))]
     lift = NoLift() if width == d else LiftSum(width)
     return Encoder(
         c.whole("vocab_size"),

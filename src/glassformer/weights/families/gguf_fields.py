@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from glassformer.core.errors import WeightsError, did_you_mean
-from glassformer.parts.rotary import Llama3Scaling
+from glassformer.parts.rotary import Llama3Scaling, LongRope
 
 from ..stored import Stored
 
@@ -141,8 +141,10 @@ def rope(said: Said, head_dim: int, base: float = 10_000.0) -> Fields:
 def _longrope(said: Said) -> Fields:
     """A divisor per frequency, for short and for long passes (Phi-3)."""
     long, short = (said.tensors[f"rope_factors_{n}.weight"].read().tolist() for n in ("long", "short"))
-    made = {"rope_type": "longrope", "short_factor": _shortest(short), "long_factor": _shortest(long)}
-    return made | {"original_max_position_embeddings": said("rope.scaling.original_context_length"), "attention_factor": said("rope.scaling.attn_factor", None)}
+    original = said("rope.scaling.original_context_length")
+    made = {"rope_type": "longrope", "short_factor": _shortest(short), "long_factor": _shortest(long), "original_max_position_embeddings": original}
+    sharper, usual = said("rope.scaling.attn_factor", 1.0), LongRope(tuple(short), tuple(long), original, said("context_length") / original).magnitude
+    return made if math.isclose(sharper, usual, rel_tol=1e-6) else made | {"attention_factor": sharper}
 
 
 def _from_factors(said: Said, base: float) -> Fields:
@@ -196,7 +198,10 @@ def rope_metadata(fields: Fields) -> tuple[dict[str, Any], dict[str, Tensor]]:
         made["rope.scaling.original_context_length"] = scaling.original_context  # not needed, but it spares the reader a guess
         return made, {"rope_freqs.weight": plain / scaling.frequencies(given["rope_theta"], turned)}
     if kind == "longrope":
-        made |= {"rope.scaling.original_context_length": given["original_max_position_embeddings"], "rope.scaling.attn_factor": given.get("attention_factor")}
+        short, long, original = tuple(given["short_factor"]), tuple(given["long_factor"]), given["original_max_position_embeddings"]
+        factor = given.get("factor") or fields["max_position_embeddings"] / original
+        sharper = LongRope(short, long, original, factor, given.get("attention_factor")).magnitude
+        made |= {"rope.scaling.original_context_length": original, "rope.scaling.attn_factor": sharper}
         return made, {f"rope_factors_{n}.weight": torch.tensor(given[f"{n}_factor"]) for n in ("long", "short")}
     if kind not in ("linear", "yarn"):
         raise WeightsError(f"Rotary positions scaled by {kind!r} cannot be said in a GGUF file: export the model as a folder.")
@@ -321,7 +326,7 @@ def _deepseek_back(fields: Fields) -> dict[str, Any]:
     third = fields["model_type"] == "deepseek_v3"
     made = {
         "attention.head_count_kv": 1,  # in the latent space all heads share one key
-        "attention.q_lora_rank": fields.get("q_lora_rank"),
+        "attention.q_lora_rank": fields.get("q_lora_rank") or 0,  # llama.cpp wants it said that there is none
         "attention.key_length": rank + turned,
         "attention.value_length": rank,
         "attention.key_length_mla": plain + turned,

@@ -1,7 +1,7 @@
 """Marian (arXiv 1804.00344), as its translation models are published: BART's halves with fixed sinusoids and without a norm on the embedding.
 
-    shared * (sqrt(d)) + sin, cos ─► encoder.layers ─► memory          one vocabulary for both languages, or one for each
-    shared * (sqrt(d)) + sin, cos ─► decoder.layers (encoder_attn reads the memory) ─► lm_head + final_logits_bias
+shared * (sqrt(d)) + sin, cos ─► encoder.layers ─► memory          one vocabulary for both languages, or one for each
+shared * (sqrt(d)) + sin, cos ─► decoder.layers (encoder_attn reads the memory) ─► lm_head + final_logits_bias
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def spec(c: Config) -> EncoderDecoder:
         shared = False  # both halves start from one table, but each is stored, and was trained, by itself
     readouts: dict[str, ReadOut] = {"MTModel": LanguageModel(bias=True), "Model": States()}
     start = int(c("decoder_start_token_id", source - 1))
-    return halves(c, NoNorm(), Sinusoidal(layout="halves"), readouts, vocab=(source, target), shared=shared, start=start)
+    return halves(c, "Marian", NoNorm(), Sinusoidal(layout="halves"), readouts, vocab=(source, target), shared=shared, start=start)
 
 
 def config(spec: EncoderDecoder) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from glassformer.core.errors import WeightsError
 from glassformer.core.mask import Everything, Window
 from glassformer.models import Block, Encoder
 from glassformer.models.init import BERT_INIT
@@ -73,38 +72,36 @@ def _readout(c: Config, norm: LayerNorm) -> ReadOut:
         "ForTokenClassification": Tagger(n_classes(c), transform=transform),
         "Model": States(),
     }
-    return readouts[head(c, *readouts)]
+    return readouts[head(c, ("ModernBert",), tuple(readouts))]
 
 
 def config(spec: Encoder) -> dict[str, Any]:
     """To config.json."""
-    first, readout = spec.blocks[0], spec.readout
-    inner, norm, transform = (first.feedforward, first.norm, getattr(readout, "transform", None))
-    masks = [b.attention.mask for b in spec.blocks]
-    turns = {isinstance(m, Window): b.attention.position for m, b in zip(masks, spec.blocks, strict=True)}
-    rope = {
-        "full_attention": rotary_config(_rotary(turns.get(False, Rotary(base=GLOBAL)))),
-        "sliding_attention": rotary_config(_rotary(turns.get(True, Rotary(base=LOCAL)))),
-    }
+    blocks: Any = spec.blocks
+    first, readout = blocks[0], spec.readout
+    windows = {isinstance(b.attention.mask, Window): b.attention for b in blocks}
+    turns = {"full_attention": Rotary(base=GLOBAL), "sliding_attention": Rotary(base=LOCAL)}
+    turns |= {"sliding_attention" if local else "full_attention": a.position for local, a in windows.items()}
     made: dict[str, Any] = {
         "model_type": "modernbert",
         **named(spec, "ModernBert", NAMES),
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.d_model,
-        "intermediate_size": getattr(inner, "d_ff", None),
-        "num_hidden_layers": len(spec.blocks),
+        "intermediate_size": first.feedforward.d_ff,
+        "num_hidden_layers": len(blocks),
         "num_attention_heads": first.attention.n_heads,
-        "hidden_activation": act_name(getattr(inner, "act", "")),
-        "norm_eps": getattr(norm, "eps", None),
-        "norm_bias": getattr(norm, "bias", None),
+        "hidden_activation": act_name(first.feedforward.act),
+        "norm_eps": first.norm.eps,
+        "norm_bias": first.norm.bias,
         "attention_bias": first.attention.qkv_bias,
-        "mlp_bias": getattr(inner, "bias", None),
-        "layer_types": ["full_attention" if isinstance(m, Everything) else "sliding_attention" for m in masks],
-        "local_attention": next((2 * (m.size - 1) for m in masks if isinstance(m, Window)), 128),
-        "rope_parameters": rope,
-        **context_config(_rotary(first.attention.position)),
+        "mlp_bias": first.feedforward.bias,
+        "layer_types": ["full_attention" if isinstance(b.attention.mask, Everything) else "sliding_attention" for b in blocks],
+        "local_attention": 2 * (windows[True].mask.size - 1) if True in windows else 128,
+        "rope_parameters": {kind: rotary_config(turn) for kind, turn in turns.items()},
+        **context_config(first.attention.position),
         **head_fields(spec),
     }
+    transform = getattr(readout, "transform", None)
     if isinstance(transform, Dense):
         made |= {"classifier_activation": act_name(transform.act), "classifier_bias": transform.bias}
     if isinstance(readout, LanguageModel):
@@ -112,12 +109,6 @@ def config(spec: Encoder) -> dict[str, Any]:
     if isinstance(readout, Classifier):
         made["classifier_pooling"] = {pool: name for name, pool in POOLS.items()}[readout.pool]
     return made
-
-
-def _rotary(position: Any) -> Rotary:
-    if not isinstance(position, Rotary):
-        raise WeightsError(f"ModernBERT's positions are rotary, but a layer has {type(position).__name__}.")
-    return position
 
 
 LAYER = "model.layers.{i}"

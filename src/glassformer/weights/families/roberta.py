@@ -1,8 +1,8 @@
 """RoBERTa (arXiv 1907.11692) and XLM-R (arXiv 1911.02116): BERT's stack whose positions are counted from ``pad_token_id + 1``, with heads of its own.
 
-    states ─┬─► lm_head.dense ─► gelu ─► layer_norm ─► decoder              ForMaskedLM
-            ├─► first ─► classifier.dense ─► tanh ─► classifier.out_proj    ForSequenceClassification
-            └─► classifier                                                  ForTokenClassification
+states ─┬─► lm_head.dense ─► gelu ─► layer_norm ─► decoder              ForMaskedLM
+        ├─► first ─► classifier.dense ─► tanh ─► classifier.out_proj    ForSequenceClassification
+        └─► classifier                                                  ForTokenClassification
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def spec(c: Config) -> Encoder:
         "ForTokenClassification": Tagger(n_classes(c)),
         "Model": States(),
     }
-    readout = readouts[head(c, *readouts)]
+    readout = readouts[head(c, ("Roberta", "XLMRoberta"), tuple(readouts))]
     offset = int(c("pad_token_id", 1)) + 1
     return Encoder(
         c.whole("vocab_size"),
