@@ -41,24 +41,28 @@ def said(tmp_path_factory) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_opening_takes_the_memory_of_a_header(said):
     for shards in (1, 5):
         assert said[f"open-{shards}"]["bytes"] > 13e9
         assert said[f"open-{shards}"]["grew"] < 60 * MB
 
 
+@pytest.mark.slow
 def test_loading_holds_the_model_once(said):
     assert said["load"]["bytes"] > 180 * MB
     assert said["load"]["grew"] <= 1.15 * said["load"]["bytes"]
     assert said["half"]["now"] <= 1.15 * said["half"]["bytes"]
 
 
+@pytest.mark.slow
 def test_exporting_holds_one_shard(said):
     export = said["export"]
     assert export["files"] >= 4
     assert export["grew"] <= 1.5 * export["shard"]
 
 
+@pytest.mark.slow
 def test_hostile_files_are_refused_within_a_limit_of_memory(said):
     """Half a gigabyte of addresses more than the process had: a length that was believed would have needed terabytes."""
     assert said["hostile"]["opened"] + said["hostile"]["refused"] == 150

@@ -356,7 +356,7 @@ class Charsmap:
         """That no text leads out of the map: the library would end the process's thread over it."""
         units, texts = self._units, self._texts
         for at, unit in enumerate(units):
-            if unit >> 31:  # a replacement; whoever leads here is checked
+            if at and unit >> 31:  # a replacement; whoever leads here is checked
                 continue
             children = at ^ _offset(unit)
             if children | 0xFF >= len(units):

@@ -68,6 +68,7 @@ def plan(model: Any, family: Family, tensors: Mapping[str, Stored], file: Any) -
     names = _canonical(family, tensors)
     made, claimed, missing = Plan(), set(), []
     slices: dict[str, int] = {}
+    checked: set[Any] = set()
     for path, parameter in model.named_parameters():
         rules = family.table.rules_for(path)
         if not rules:
@@ -80,7 +81,9 @@ def plan(model: Any, family: Family, tensors: Mapping[str, Stored], file: Any) -
                     stored = tuple(_slice(s, int((rule.match(path) or {})["e"])) for s in stored)
                     slices |= {t: slices.get(t, 0) + 1 for t in theirs}
                 made.fillings.append(Filling(path, rule.form, stored, place_of(model, path)))
-                _check_shape(made.fillings[-1], parameter, file)
+                if (alike := _alike(made.fillings[-1], parameter)) not in checked:
+                    _check_shape(made.fillings[-1], parameter, file)
+                    checked.add(alike)
                 claimed |= set(theirs)
                 break
         else:
@@ -127,6 +130,13 @@ def _slice(stored: Stored, e: int) -> Stored:
             f"{stored.file}: {stored.name!r} has shape {stored.shape}, but the model needs its slice {e}: the config asks for more experts than there are."
         )
     return stored.item(e)
+
+
+def _alike(filling: Filling, parameter: Tensor) -> Any:
+    """What the check of shapes depends on: equal for the same matrix of equal layers, so that a deep model is checked once and not layer by layer."""
+    part, name = filling.place.part, filling.place.name
+    sizes = tuple(getattr(part, n, None) for n in ("n_heads", "n_kv_heads", "widths", "d_head"))
+    return id(filling.form), name, sizes, tuple(s.shape for s in filling.stored), tuple(s.dtype for s in filling.stored), parameter.shape
 
 
 def _check_shape(filling: Filling, parameter: Tensor, file: Any) -> None:

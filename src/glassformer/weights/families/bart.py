@@ -46,12 +46,14 @@ class Row(Form):
 def halves(
     c: Config, stem: str, norm: Norm, position: Position, readouts: dict[str, ReadOut], *, vocab: tuple[int, int], shared: bool, start: int
 ) -> EncoderDecoder:
-    """Both halves by their usual names; ``stem`` begins the names of the family's classes, ``norm`` is the embedding's, ``vocab`` the sizes of the two vocabularies."""
+    """Both halves by their usual names. ``stem``: how the family's classes begin; ``norm``: of the embedding; ``vocab``: sizes of both vocabularies."""
     c.only("is_decoder", False)
     c.only("is_encoder_decoder", True)
     for key in ("normalize_before", "add_final_layer_norm"):  # written by the first configs; no class computes otherwise
         c.only(key, False)
-    c.ignore("add_bias_logits", "extra_pos_embeddings", "force_bos_token_to_be_generated", "num_hidden_layers", "hidden_size", "num_attention_heads")
+    c.ignore(
+        "add_bias_logits", "extra_pos_embeddings", "force_bos_token_to_be_generated", "_num_labels", "num_hidden_layers", "hidden_size", "num_attention_heads"
+    )
     d = c.whole("d_model")
     embedding = Embedding(scale=SqrtWidth() if c("scale_embedding", False) else Unit(), norm=norm)
     readout = readouts[head(c, (stem,), tuple(readouts))]

@@ -37,6 +37,7 @@ POOLS: dict[str, Any] = {"cls": First(), "mean": Mean()}
 def spec(c: Config) -> Encoder:
     """From config.json."""
     c.ignore("tie_word_embeddings", "deterministic_flash_attn")  # the first is read again by the one head that has such a table
+    c.ignore("layer_norm_eps", "position_embedding_type")  # BERT's, which the published configs repeat and no class of this family reads
     n, d = layers(c), c.whole("hidden_size")
     norm = LayerNorm(eps=c.number("norm_eps", 1e-5), bias=bool(c("norm_bias", False)))
     every = c.whole("global_attn_every_n_layers", 3)
