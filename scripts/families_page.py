@@ -1,7 +1,7 @@
 """Write docs/families.md from what the family tests found.
 
-    GLASSFORMER_FAMILIES=build/families.jsonl python -m pytest tests/weights/families
-    python scripts/families_page.py build/families.jsonl
+GLASSFORMER_FAMILIES=build/families.jsonl python -m pytest tests/weights/families
+python scripts/families_page.py build/families.jsonl
 """
 
 from __future__ import annotations

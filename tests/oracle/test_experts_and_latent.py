@@ -25,7 +25,7 @@ from glassformer.parts.routing import Groups, SigmoidRouting, SoftmaxRouting
 from glassformer.weights import own
 from oracle import papers
 from oracle.test_parts import close, here, randomise
-from tools import VOCAB, D, built, draw, same, tokens
+from tools import ALL, VOCAB, D, built, draw, fresh, same, tokens
 
 Array = NDArray[np.float64]
 F64 = torch.float64
@@ -343,6 +343,26 @@ def test_a_shared_expert_has_sites_of_its_own():
         model(tokens(1, 4), tap=cut)
     found = {s.path for s in model.sites()}
     assert {f"blocks.0.experts.shared.{n}" for n in ("in", "pre", "gate", "post", "out")} <= found
+
+
+# Compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "whole"), [("latent", True), ("experts-sigmoid", False)])
+def test_compiled_it_is_the_same(name, whole):
+    """Latent attention is one graph; experts are visited outside of it."""
+    torch._dynamo.reset()
+    spec: Any = ALL[name]
+    model, ids, tap, plain = fresh(spec.replace(blocks=spec.blocks[:1])), tokens(), Record("**"), Record("**")
+    run = torch.compile(model, backend="eager", fullgraph=whole)
+    with torch.no_grad():
+        same(run(ids, tap=tap), model(ids, tap=plain))
+        for path in plain.paths:
+            same(tap[path], plain[path], what=path)
+        cache, step = model.cache(batch=2, capacity=16), torch.compile(model, backend="eager")
+        same(torch.cat([step(ids[:, a:b], cache=cache) for a, b in ((0, 8), (8, 9))], 1), model(ids))
+    torch._dynamo.reset()
 
 
 # By name

@@ -215,3 +215,14 @@ def test_a_scaling_that_the_format_has_no_word_for_is_not_written() -> None:
 def test_learned_positions_are_counted_by_their_table(tmp_path: Path) -> None:
     _, file = written("gpt2", tmp_path)
     assert weights.open(file).spec.position == Learned(64)
+
+
+def test_metadata_that_makes_no_sense(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="the metadata of 'llama' makes no sense"):
+        config_of(file_of(tmp_path, "llama", LLAMA | {"attention.head_count": "four"}))
+    with pytest.raises(WeightsError, match="the metadata of 'llama' makes no sense"):
+        config_of(file_of(tmp_path, "llama", LLAMA | {"attention.head_count": 0}))
+    with pytest.raises(WeightsError, match="llama.block_count is 4000000000, but the file holds no more than 1"):
+        config_of(file_of(tmp_path, "llama", LLAMA | {"block_count": 4_000_000_000}))
+    with pytest.raises(WeightsError, match="llama.expert_count is 4000000000, but the file holds no more than 64"):
+        config_of(file_of(tmp_path, "llama", LLAMA | {"expert_count": 4_000_000_000}))

@@ -155,6 +155,13 @@ def test_a_split_model_is_opened_together_by_any_of_its_files(tmp_path: Path) ->
         assert found.metadata["split.no"] == 0
 
 
+def test_numbers_of_parts_are_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "m-00001-of-00002.gguf"
+    file.write_bytes(header([key("split.count", 9, struct.pack("<IQ", 0, 2) + bytes(2))], []))
+    with pytest.raises(WeightsError, match="split.count is .*, but a whole number is needed"):
+        read(file)
+
+
 def test_a_split_model_that_is_not_whole(tmp_path: Path) -> None:
     first = tmp_path / "m-00001-of-00002.gguf"
     first.write_bytes(part(0, 2, "t0"))
@@ -192,8 +199,9 @@ def test_what_is_no_gguf_file(tmp_path: Path) -> None:
 
 
 def test_counts_that_the_file_cannot_hold(tmp_path: Path) -> None:
-    refused(tmp_path, header([], [], counts=(0, HUGE)), f"promises {HUGE} keys, but only")
-    refused(tmp_path, header([], [], counts=(HUGE, 0)), f"promises {HUGE} tensors, but only")
+    refused(tmp_path, header([], [], counts=(0, HUGE)), f"promises {HUGE} keys, and more than 65536 are not believed")
+    refused(tmp_path, header([], [], counts=(0, 50_000)), "promises 50000 keys, but only")
+    refused(tmp_path, header([], [], counts=(HUGE, 0)), f"promises {HUGE} tensors, and more than 131072")
     refused(tmp_path, header([key("a", 9, struct.pack("<IQ", 8, HUGE))], []), f"promises {HUGE} texts in 'a'")
     refused(tmp_path, header([key("a", 9, struct.pack("<IQ", 10, 2**61))], []), f"promises {2**61} numbers in 'a'")
 
@@ -243,8 +251,9 @@ def test_every_cut_and_every_flipped_byte_is_an_error_or_a_file(tmp_path: Path) 
     file = tmp_path / "whole.gguf"
     whole_file(file)
     data = file.read_bytes()
-    end = min(t.offset for t in read(file).tensors.values())
-    for cut in range(0, len(data), 7):
+    tensors = read(file).tensors.values()
+    end, last = min(t.offset for t in tensors), max(t.offset + t.nbytes for t in tensors)  # the file is padded beyond
+    for cut in range(0, last, 7):
         with pytest.raises(WeightsError):
             read(put(tmp_path, data[:cut]))
     rng = np.random.default_rng(0)

@@ -250,28 +250,28 @@ def test_turned_bytes_of_a_gguf_tokenizer(ggufs, tmp_path, edits):
 
 
 @pytest.mark.slow
-@settings(max_examples=2_000, **FUZZ)
+@settings(max_examples=600, **FUZZ)
 @given(edits=EDITS)
 def test_many_turned_bytes_of_a_safetensors_file(folder, edits):
     turned_safetensors(folder, edits)
 
 
 @pytest.mark.slow
-@settings(max_examples=1_500, **FUZZ)
+@settings(max_examples=500, **FUZZ)
 @given(changes=CHANGES, renamed=st.lists(st.tuples(st.integers(0, 30), NAMES), max_size=2), twice=st.booleans())
 def test_many_headers_of_a_safetensors_file(folder, changes, renamed, twice):
     changed_header(folder, changes, renamed, twice)
 
 
 @pytest.mark.slow
-@settings(max_examples=1_500, **FUZZ)
+@settings(max_examples=500, **FUZZ)
 @given(changes=st.dictionaries(FIELD | st.text(max_size=4), JSON, max_size=3))
 def test_many_configs(folder, changes):
     changed_config(folder, changes)
 
 
 @pytest.mark.slow
-@settings(max_examples=3_000, **FUZZ)
+@settings(max_examples=1_000, **FUZZ)
 @given(kind=st.sampled_from(["F32", "Q8_0", "Q4_0"]), edits=EDITS)
 def test_many_turned_bytes_of_a_gguf_file(ggufs, tmp_path, kind, edits):
     (tmp_path / "x.gguf").write_bytes(edited(ggufs[kind].read_bytes(), edits, 2_600))

@@ -338,6 +338,14 @@ def test_the_local_cache_is_found_without_a_network(sharded, offline):
             weights.open(f"hf://someone/tiny@{revision}")
 
 
+def test_a_model_of_pickles_on_the_hub(folder, offline):
+    (folder / "model.safetensors").unlink()
+    cached(offline, "someone/old", folder)
+    with pytest.raises(WeightsError, match=r"hf://someone/old has no \.safetensors file\. .* if you trust it, convert it once: python -c ") as caught:
+        weights.open("hf://someone/old")
+    assert str(caught.value).endswith(source.UNPICKLE.format("someone/old"))
+
+
 @pytest.mark.slow
 def test_the_environment_says_offline_and_where(sharded, tmp_path):
     cached(tmp_path / "home/hub", "someone/tiny", sharded)

@@ -29,6 +29,7 @@ from glassformer.core.fields import check, described, hints
 from glassformer.core.mask import Causal, Mask
 from glassformer.core.modes import evaluating
 from glassformer.core.tap import Tap
+from glassformer.parts.rotary import RotaryLayer
 from glassformer.parts.position import LearnedLayer
 from glassformer.parts.readout import LanguageModel
 
@@ -82,6 +83,7 @@ class Session:
         if device.type == "meta":
             raise InputError("This model stands on the meta device, where tensors have shapes but no numbers: build it without device='meta', or load one.")
         self._check_room(cache, longest, room)
+        self._boundaries = _boundaries(model) if not isinstance(cache, Cache) else frozenset()  # what a given one held is known to its owner only
         self.cache: Cache | None = cache if isinstance(cache, Cache) else None if cache is False else model.cache(batch=len(prompts), capacity=longest + room)
         self.state: State = self.sampler.state(len(prompts), seeds=seeds, seed=seed, device=device)
         history = as_history(prompts, len(prompts), device)
@@ -173,6 +175,8 @@ class Session:
     def _read(self, frozen: Sequence[int]) -> Tensor:
         """Run the model over the tokens that the cache does not hold; logits after the last one, ``[b v]``."""
         ids, lengths, path = self._ids[:, : self._width], self.lengths, f"step.{self.drawn}"
+        if self._outgrown():
+            self.cache, self._begun = self.model.cache(batch=len(lengths), capacity=self._ids.shape[1]), False
         if self.cache is not None and self._begun:
             ids, lengths = ids[:, -1:], [1] * len(lengths)
         tokens, ragged = _left_aligned(ids, lengths), len(set(lengths)) > 1
@@ -185,6 +189,10 @@ class Session:
                 logits = self.source.decode(tokens, lengths=fed, cache=self.cache, keep=keep, tap=self.tap, path=path)
         self._begun = True
         return logits[:, -1]
+
+    def _outgrown(self) -> bool:
+        """Whether a row has just grown so long that its cached keys were turned by other angles than its new ones are (LongRoPE)."""
+        return self._begun and self.cache is not None and any(n - 1 in self._boundaries for n in self.lengths)
 
     def _check_room(self, cache: Cache | bool | None, longest: int, room: int) -> None:
         held = cache.length if isinstance(cache, Cache) else 0
@@ -247,6 +255,12 @@ def position_limit(model: Any) -> int | None:
     if not isinstance(decoder, nn.Module):
         return None
     return min((m.spec.max_positions for m in decoder.modules() if isinstance(m, LearnedLayer)), default=None)
+
+
+def _boundaries(model: Any) -> frozenset[int]:
+    """The lengths beyond which a model's earlier keys do not fit any more."""
+    layers = (m for m in model.modules() if isinstance(m, RotaryLayer)) if isinstance(model, nn.Module) else ()
+    return frozenset(b for m in layers if (b := m.spec.scaling.boundary) is not None)
 
 
 def _check_readout(model: Any) -> None:

@@ -155,13 +155,14 @@ class PackedEmbedding(EmbeddingLayer):
         return self.table.whole()
 
     def rows(self, tokens: Tensor) -> Tensor:
-        flat, kind = tokens.flatten(), self.table.like.dtype
-        made, at = torch.empty(len(flat), self.table.matrix_shape[1], dtype=kind, device=flat.device), 0
+        kind, at = self.table.like.dtype, 0
+        made = None
         for raw, type in zip(self.table.raws, self.table.types, strict=True):
-            here = ((flat >= at) & (flat < at + len(raw))).nonzero()[:, 0] if len(self.table.raws) > 1 else slice(None)
-            made[here] = dequantise(raw[flat[here] - at], type, kind)
+            here = dequantise(raw[(tokens - at).clamp(0, len(raw) - 1)], type, kind)
+            made = here if made is None else torch.where((tokens >= at)[..., None], here, made)
             at += len(raw)
-        return made.view(*tokens.shape, -1)
+        assert made is not None
+        return made
 
     def scores(self, h: Tensor) -> Tensor:
         """The table as a read-out: [.. d] -> [.. v]."""

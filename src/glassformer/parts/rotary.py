@@ -45,6 +45,11 @@ class RopeScaling(Spec):
         """A factor on the rotated queries and keys."""
         return 1.0
 
+    @property
+    def boundary(self) -> int | None:
+        """The length of a row beyond which the keys of a shorter one do not fit any more; None if they always do."""
+        return None
+
 
 def _check_factor(name: str, factor: float) -> None:
     if factor <= 0:
@@ -200,8 +205,8 @@ class LongRope(RopeScaling):
     ``sqrt(1 + ln(factor) / ln(original_context))``, or ``attention_factor`` where it is given.
 
     Short and long angles do not go together: keys in a cache stay as they were turned. A row that grows beyond the
-    original context is to be read once more, whole, into a new cache; then cached = uncached again. (The published
-    code's generation loop does just that; its model alone, given the old cache, mixes the two as this one does.)
+    original context is to be read once more, whole, into a new cache; then cached = uncached again. Generation does so
+    by itself (as the published code's loop does); a model alone that is given the old cache mixes the two.
     """
 
     short: tuple[float, ...]
@@ -225,6 +230,10 @@ class LongRope(RopeScaling):
 
     def fit(self, frequencies: Tensor, positions: Tensor, lengths: Tensor | None) -> Tensor:
         return torch.where(_reach(positions, lengths) > self.original_context, frequencies[1], frequencies[0])
+
+    @property
+    def boundary(self) -> int:
+        return self.original_context
 
     @property
     def magnitude(self) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -34,6 +35,7 @@ from .source import INDEX
 if TYPE_CHECKING:
     from glassformer.text import Tokenizer
 
+OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 SHARD = 5_000_000_000  # bytes of tensors in one file
 
 
@@ -55,6 +57,8 @@ def export_hf(
     path, given = Path(folder), dict(config or {})
     if getattr(model, "spec", None) is None:
         raise WeightsError(f"A model that was built from a Spec can be exported, but a {type(model).__name__} was given.")
+    if (path / "model.json").exists():
+        raise WeightsError(f"{path} holds a model in glassformer's own format, which would be lost: choose another folder.")
     spec = sentence.bare(model.spec)
     family, values = family_for(spec, given.get("model_type"))
     values = {k: v for k, v in given.items() if k in HARMLESS and k not in ("torch_dtype", "dtype", "transformers_version")} | values
@@ -74,7 +78,10 @@ def export_hf(
             _write_json(staging / "generation_config.json", dict(generation))
         if tokenizer is not None:
             tokenizer.save(staging / "tokenizer.json")
-        files.take_places(staging, path, last="config.json")
+        written = files.take_places(staging, path, last="config.json")
+        for old in path.iterdir():  # shards of an earlier model, or its index: some programs would open those
+            if OURS.fullmatch(old.name) and old.name not in written:
+                old.unlink()
         sentence.write_modules(model.spec, path)
     except (OSError, SafetensorError) as error:
         reason, todo = files.trouble(error)
@@ -119,4 +126,8 @@ def _sizes(model: Any, family: Any) -> dict[str, int]:
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        text = json.dumps(values, indent=2, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{file.name} cannot say what was given ({error}): give numbers, texts, lists and tables.") from error
+    file.write_text(text + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -24,6 +24,15 @@ from .config import Config
 from .rules import Rule, Table, pattern
 
 
+@dataclass(frozen=True)
+class Variant:
+    """What holds for some Specs of a family and not for others: ``rules`` asked before the family's own, more ``tied`` tensors, more ``unused`` ones."""
+
+    rules: tuple[Rule, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
     """A table for one kind of checkpoint.
@@ -32,7 +41,7 @@ class Family:
     of this family: the result is checked). ``tied``: their tensors that repeat another one, ``{copy: original}``. ``ignored``: patterns
     of tensors that hold nothing learnt (masks, frequencies). ``unused``: patterns of heads that the opened model does not have.
     ``prefix``: what stands before every name, in files of the whole model; files of the bare stack lack it. ``strips``: what other programs
-    put before it. ``by_spec``: rules that depend on the Spec (one read-out's parameters have other names than another's), asked before ``rules``.
+    put before it. ``by_spec``: what holds for some Specs only (one read-out's parameters have other names than another's).
     """
 
     name: str
@@ -45,11 +54,14 @@ class Family:
     unused: tuple[str, ...] = ()
     prefix: str = ""
     strips: tuple[str, ...] = ()
-    by_spec: Callable[[Any], tuple[Rule, ...]] | None = None
+    by_spec: Callable[[Any], Variant] | None = None
 
     def fitted(self, spec: Any) -> Family:
-        """This family with the rules that hold for ``spec``."""
-        return self if self.by_spec is None else replace(self, rules=(*self.by_spec(spec), *self.rules), by_spec=None)
+        """This family with what holds for ``spec``."""
+        if self.by_spec is None:
+            return self
+        v = self.by_spec(spec)
+        return replace(self, rules=(*v.rules, *self.rules), tied={**(self.tied or {}), **v.tied}, unused=(*self.unused, *v.unused), by_spec=None)
 
     @cached_property
     def table(self) -> Table:
@@ -141,12 +153,12 @@ def family_for(spec: Spec, first: str | None = None) -> tuple[Family, dict[str, 
     for family in order:
         try:
             values = family.config(spec)
-            again = family.read(values)
+            again = in_full(family.read(values))
         except Exception:  # it cannot say this Spec: whatever its reason, another may
             continue
-        if _computed(in_full(again).to_dict()) == wanted:
+        if _computed(again.to_dict()) == wanted:
             return family, values
-        lines = in_full(spec).diff(in_full(again))
+        lines = in_full(spec).diff(again)
         if nearest is None or len(lines) < len(nearest[1]):
             nearest = (family, lines)
     said = "" if nearest is None else f" The nearest, {nearest[0].name}, would make it another model:\n{nearest[1]}"
@@ -157,7 +169,7 @@ def says(family: Family, values: Mapping[str, Any], spec: Spec) -> bool:
     """Whether ``family`` reads a config as ``spec``."""
     try:
         return bool(_computed(in_full(family.read(values)).to_dict()) == _computed(in_full(spec).to_dict()))
-    except WeightsError:
+    except GlassformerError:
         return False
 
 

@@ -31,6 +31,7 @@ SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?
 TEXT, ARRAY = 8, 9
 NAMED: dict[int, tuple[str, Format]] = {form.id: (name, form) for name, form in FORMATS.items()}
 MOST_DIMS, MOST_NAME, ALIGNMENT = 4, 65_535, 32
+MOST_KEYS, MOST_TENSORS = 1 << 16, 1 << 17  # the largest published models have a hundred and ten thousand
 SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -79,8 +80,8 @@ class Gguf:
 def read(file: Path) -> Gguf:
     """The header of a GGUF file, or of all files of a split one. Raises :class:`WeightsError` saying what is wrong and where."""
     metadata, tensors = _one(file)
-    parts = metadata.get("split.count", 1)
-    if not isinstance(parts, int) or parts < 2:
+    parts = _whole(metadata, "split.count", 1)
+    if parts < 2:
         return Gguf(metadata, tensors, (file,))
     found = SPLIT.fullmatch(file.name)
     if found is None or int(found[3]) != parts:
@@ -93,19 +94,27 @@ def read(file: Path) -> Gguf:
     metadata = _one(files[0])[0]
     for i, part in enumerate(files):
         about, here = (metadata, _one(part)[1]) if i == 0 else _one(part)
-        if about.get("split.no") != i or about.get("split.count") != parts:
+        itself = _whole(about, "split.no", -1), _whole(about, "split.count", 1)
+        if itself != (i, parts):
             raise WeightsError(
-                f"{part} calls itself part {about.get('split.no')} of {about.get('split.count')}, counted from 0, but its name says {i} of {parts}: "
+                f"{part} calls itself part {itself[0]} of {itself[1]}, counted from 0, but its name says {i} of {parts}: "
                 "the files belong to different models, or were renamed."
             )
         twice = next((n for n in here if n in everything), None)
         if twice is not None:
             raise WeightsError(f"{twice!r} is in {everything[twice].file.name} and in {part.name}: the files belong to different models.")
         everything |= here
-    promised = metadata.get("split.tensors.count", len(everything))
+    promised = _whole(metadata, "split.tensors.count", len(everything))
     if promised != len(everything):
         raise WeightsError(f"{files[0]} promises {promised} tensors in {parts} files, but they hold {len(everything)}: the files belong to different models.")
     return Gguf(metadata, everything, tuple(files))
+
+
+def _whole(metadata: Metadata, key: str, default: int) -> int:
+    value = metadata.get(key, default)
+    if type(value) is not int:
+        raise WeightsError(f"{metadata.file}: {key} is {str(value)[:40]!r}, but a whole number is needed.")
+    return value
 
 
 def _one(file: Path) -> tuple[Metadata, dict[str, Stored]]:
@@ -160,8 +169,8 @@ class _Header:
             raise WeightsError(f"{self.file} has GGUF version {version}, but versions 2 and 3 are read: convert the model again with a newer llama.cpp.")
         tensors, values = self.number("<Q", "the number of tensors"), self.number("<Q", "the number of keys")
         # The least that a key (length, one letter, type, value) and a tensor (length, one letter, dims, type, offset) take.
-        self.check_count(values, 14, "keys")
-        self.check_count(tensors, 25, "tensors")
+        self.check_count(values, 14, "keys", MOST_KEYS)
+        self.check_count(tensors, 25, "tensors", MOST_TENSORS)
         metadata = Metadata(self.keys(values), self.file)
         return metadata, self.tensors(tensors, metadata.get("general.alignment", ALIGNMENT))
 
@@ -272,8 +281,10 @@ class _Header:
         start, self.at = self.at, self.at + n
         return self.data[start : self.at].decode("utf-8", "surrogateescape")
 
-    def check_count(self, count: int, width: int, what: str) -> None:
-        """Raise if so many things cannot be in what is left of the file."""
+    def check_count(self, count: int, width: int, what: str, most: int | None = None) -> None:
+        """Raise if so many things cannot be in what is left of the file, or are more than anybody has."""
+        if most is not None and count > most:
+            self.damaged(f"it promises {count} {what}, and more than {most} are not believed")
         if count * width > self.size - self.at:
             self.damaged(f"it promises {count} {what}, but only {self.size - self.at} bytes are left")
 

@@ -49,7 +49,7 @@ class Loaded(NamedTuple):
 
     @property
     def eos_ids(self) -> tuple[int, ...] | None:
-        """The ids that end a text, by the checkpoint's generation settings or its config (a chat model may have several); None leaves it to the tokenizer."""
+        """The ids that end a text, by the generation settings or the config (a chat model may have several); None leaves it to the tokenizer."""
         for settings in (self.extra.get("generation", {}), self.extra.get("config", {})):
             ids = settings.get("eos_token_id") if isinstance(settings, dict) else None
             if ids is not None:
@@ -62,7 +62,9 @@ class Loaded(NamedTuple):
         ``messages``: ``[{"role": "user", "content": "Hello"}]``. Raises :class:`TokenizerError` if there is no tokenizer, or no template.
         """
         if self.tokenizer is None:
-            raise TokenizerError("This checkpoint has no tokenizer, so a conversation means nothing to its model: put the one that it was trained with beside it.")
+            raise TokenizerError(
+                "This checkpoint has no tokenizer, so a conversation means nothing to its model: put the one that it was trained with beside it."
+            )
         return self.tokenizer.chat(messages, **options)
 
 

@@ -92,7 +92,8 @@ def _check_shape(path: str, layer: nn.Linear, kind: str) -> None:
     rows = ROWS[layer.weight.device.type]
     if layer.out_features % rows:
         raise WeightsError(
-            f"{path} has {layer.out_features} rows, but the int4 product of {layer.weight.device.type} takes multiples of {rows}: use int8, which fits every shape."
+            f"{path} has {layer.out_features} rows, but the int4 product of {layer.weight.device.type} takes multiples of {rows}: "
+            "use int8, which fits every shape."
         )
 
 
@@ -106,19 +107,19 @@ def _config(layer: nn.Linear, kind: str) -> Any:
         return _torchao("torchao.quantization").Int8WeightOnlyConfig(set_inductor_config=False)
     if layer.weight.device.type == "cpu":
         return _torchao("torchao.prototype.quantization.int4").PrototypeInt4WeightOnlyConfig(group_size=_group(layer), set_inductor_config=False)
-    return _torchao("torchao.quantization").Int4WeightOnlyConfig(
-        group_size=_group(layer), int4_packing_format="tile_packed_to_4d", set_inductor_config=False
-    )
+    return _torchao("torchao.quantization").Int4WeightOnlyConfig(group_size=_group(layer), int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
 
 
 def _torchao(name: str) -> Any:
     """A module of torchao; what it says of kernels for other machines while it is imported stays unsaid."""
-    said = logging.getLogger("torchao")
-    level = said.level
-    said.setLevel(logging.ERROR)
+    said = [logging.getLogger(n) for n in ("torchao", "torch.utils._pytree")]
+    levels = [s.level for s in said]
+    for s in said:
+        s.setLevel(logging.ERROR)
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise WeightsError(f"Quantisation needs torchao ({name} cannot be imported: {error}): pip install 'glassformer[quantise]'.") from error
     finally:
-        said.setLevel(level)
+        for s, level in zip(said, levels, strict=True):
+            s.setLevel(level)

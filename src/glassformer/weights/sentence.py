@@ -37,7 +37,7 @@ def with_modules(spec: Any, folder: Path) -> Any:
         raise WeightsError(f"{file} pools the states of a bare encoder, but config.json describes {type(spec).__name__} with {type(spec.readout).__name__}.")
     kinds = [(str(m.get("type")).rsplit(".", 1)[-1], str(m.get("path", ""))) for m in _modules(file)]
     names = [kind for kind, _ in kinds]
-    if names[:2] != ["Transformer", "Pooling"] or names[2:] not in ([], ["Normalize"]) or kinds[0][1] not in ("", "0_Transformer"):
+    if names[:2] != ["Transformer", "Pooling"] or names[2:] not in ([], ["Normalize"]) or kinds[0][1]:
         raise WeightsError(
             f"{file} asks for {' then '.join(names) or 'nothing'}, but only Transformer then Pooling, and Normalize after them, are supported: "
             "another module would change the vectors. To have the encoder's states, remove modules.json."

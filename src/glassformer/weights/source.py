@@ -161,18 +161,25 @@ def fetched(name: str) -> Path:
         raise WeightsError(f"{name!r} names no model on the hub: write hf://owner/name, or hf://owner/name@revision.")
     hub: Any = importlib.import_module("huggingface_hub")
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.spm"]
-    options = {"repo_id": repo, "revision": revision or None, "allow_patterns": wanted}
+    unwanted = ["consolidated*", "original/*"]  # the same weights once more, as their makers' own programs have them
+    options = {"repo_id": repo, "revision": revision or None, "allow_patterns": wanted, "ignore_patterns": unwanted}
     try:
-        return Path(hub.snapshot_download(**options))
+        folder = Path(hub.snapshot_download(**options))
     except Exception as error:  # the hub's library has two dozen classes for 'no network', 'no such model' and 'not allowed'
         try:
-            return Path(hub.snapshot_download(**options, local_files_only=True))
+            folder = Path(hub.snapshot_download(**options, local_files_only=True))
         except Exception:
             said = str(error).strip().splitlines() or [type(error).__name__]
             raise WeightsError(
                 f"{name} could not be fetched ({type(error).__name__}: {said[0][:200]}) and is not in the local cache. Without a network, copy its folder here "
                 "and give that path; for a private or gated model, log in with 'hf auth login' first."
             ) from error
+    if not any(folder.glob("*.safetensors")):
+        raise WeightsError(
+            f"{name} has no .safetensors file. Where a model is published as a pickle only, opening it runs whatever program its writer put in it; "
+            f"if you trust it, convert it once: {UNPICKLE.format(repo)}"
+        )
+    return folder
 
 
 # Small files

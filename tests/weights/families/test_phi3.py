@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from glassformer.infer import generate
 from glassformer.parts.rotary import LongRope
 from glassformer.weights.family import families
 from parity.reference import close, greedy_together
@@ -45,6 +46,19 @@ def test_beyond_the_context_the_long_divisors_are_the_reference_s(attention_fact
         model(ids(2, 10), cache=cache)
         one = ids(2, 1, seed=5)
         close(model(one, cache=cache), reference(one, past_key_values=theirs.past_key_values).logits, "across the boundary")
+
+
+def test_generation_across_the_boundary_is_the_reference_s(tmp_path):
+    lists = {**LISTS, "partial_rotary_factor": 0.5, "short_factor": [1.0, 1.2], "long_factor": [1.5, 4.0]}
+    config = transformers.Phi3Config(**SIZES, max_position_embeddings=40, original_max_position_embeddings=10, rope_parameters=lists)
+    model, reference = hold_decoder(config, tmp_path, layers=3, n=0)
+    prompts = ids(2, 5, seed=2)
+    theirs = reference.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=0)
+    ours = generate(model, prompts.tolist(), max_new_tokens=20, do_sample=False)
+    assert [g.ids for g in ours] == theirs[:, 5:].tolist()
+    ragged = [prompts[0].tolist(), prompts[1, :3].tolist()]  # rows that cross at different steps
+    cached, anew = (generate(model, ragged, max_new_tokens=20, do_sample=False, cache=c) for c in (None, False))
+    assert [g.ids for g in cached] == [g.ids for g in anew]
 
 
 def test_older_files_say_the_same():

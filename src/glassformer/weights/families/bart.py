@@ -22,7 +22,7 @@ from glassformer.parts.readout import LanguageModel, ReadOut, States
 from glassformer.parts.wiring import PostNorm
 
 from ..config import Config
-from ..family import Family
+from ..family import Family, Variant
 from ..rules import Form, Place, Rule
 from .bert import Repeated, head
 from .llama import act_name, act_named
@@ -51,9 +51,8 @@ def halves(
     c.only("is_encoder_decoder", True)
     for key in ("normalize_before", "add_final_layer_norm"):  # written by the first configs; no class computes otherwise
         c.only(key, False)
-    c.ignore(
-        "add_bias_logits", "extra_pos_embeddings", "force_bos_token_to_be_generated", "_num_labels", "num_hidden_layers", "hidden_size", "num_attention_heads"
-    )
+    c.ignore("add_bias_logits", "extra_pos_embeddings", "force_bos_token_to_be_generated", "_num_labels")  # read by none of today's classes
+    c.ignore("num_hidden_layers", "hidden_size", "num_attention_heads")  # other words for what each half says
     d = c.whole("d_model")
     embedding = Embedding(scale=SqrtWidth() if c("scale_embedding", False) else Unit(), norm=norm)
     readout = readouts[head(c, (stem,), tuple(readouts))]
@@ -108,6 +107,13 @@ STACKS = (
 SHARED, ENCODERS, DECODERS = "model.shared.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"
 ONE_TABLE = (Rule("encoder.embed.weight", SHARED), Rule("encoder.embed.weight", ENCODERS))
 TABLE_EACH = (Rule("encoder.embed.weight", ENCODERS), Rule("decoder.embed.weight", DECODERS))
+ONE_FOR_ALL = dict.fromkeys((ENCODERS, DECODERS, "lm_head.weight"), SHARED)
+
+
+def scores(spec: EncoderDecoder) -> tuple[str, ...]:
+    """The read-out's tensors, where only the states are asked for."""
+    return ("final_logits_bias", "lm_head.weight") if isinstance(spec.decoder.readout, States) else ()
+
 
 # BART itself
 
@@ -130,11 +136,12 @@ def config(spec: EncoderDecoder) -> dict[str, Any]:
     return {"model_type": "bart", **common_config(spec, "Bart", NAMES)}
 
 
-def by_spec(spec: EncoderDecoder) -> tuple[Rule, ...]:
+def by_spec(spec: EncoderDecoder) -> Variant:
     """Where the table lies: one for all, or one in each half (and a third beside them that nothing reads)."""
+    beside = scores(spec)
     if spec.shared:
-        return ONE_TABLE
-    return Rule("encoder.embed.weight", SHARED, ENCODERS, form=Repeated()), *TABLE_EACH
+        return Variant(ONE_TABLE, ONE_FOR_ALL, beside)
+    return Variant((Rule("encoder.embed.weight", SHARED, ENCODERS, form=Repeated()), *TABLE_EACH), unused=beside)
 
 
 BART = Family(
@@ -147,9 +154,7 @@ BART = Family(
         Rule("{half}.position.table", "model.{half}.embed_positions.weight"),
         Rule("{half}.embed.norm.{w}", "model.{half}.layernorm_embedding.{w}"),
     ),
-    tied={ENCODERS: SHARED, DECODERS: SHARED, "lm_head.weight": SHARED},
     ignored=("model.encoder.version", "model.decoder.version"),
-    unused=("final_logits_bias", "lm_head.weight"),
     prefix="model.",
     by_spec=by_spec,
 )

@@ -30,7 +30,7 @@ from glassformer.parts.readout import Classifier, Dense, LanguageModel, ReadOut,
 from glassformer.parts.wiring import PostNorm
 
 from ..config import Config
-from ..family import Family
+from ..family import Family, Variant
 from ..rules import Form, Place, Rule
 from ..stored import shown
 from .llama import act_name, act_named
@@ -186,18 +186,17 @@ def config(spec: Encoder) -> dict[str, Any]:
     return {"model_type": "bert", **named(spec, "Bert", NAMES), **common(spec)}
 
 
-def heads(spec: Encoder) -> tuple[Rule, ...]:
+def heads(spec: Encoder) -> Variant:
     """What the parameters of the read-out are called."""
     if isinstance(spec.readout, LanguageModel):
         transform = "cls.predictions.transform"
-        return (
-            Rule("readout.transform.linear.{w}", f"{transform}.dense.{{w}}"),
-            *norm_rules("readout.transform.norm", f"{transform}.LayerNorm"),
-            *vocabulary_rules("cls.predictions.decoder", "cls.predictions.bias"),
-        )
-    return Rule("readout.transform.linear.{w}", "bert.pooler.dense.{w}"), Rule("readout.linear.{w}", "classifier.{w}")
+        dense = Rule("readout.transform.linear.{w}", f"{transform}.dense.{{w}}")
+        norm = norm_rules("readout.transform.norm", f"{transform}.LayerNorm")
+        return Variant((dense, *norm, *vocabulary_rules("cls.predictions.decoder", "cls.predictions.bias")))
+    return Variant((Rule("readout.transform.linear.{w}", "bert.pooler.dense.{w}"), Rule("readout.linear.{w}", "classifier.{w}")), unused=PREDICTIONS)
 
 
+PREDICTIONS = tuple(f"cls.predictions.{n}" for n in ("bias", "decoder.{w}", "transform.dense.{w}", "transform.LayerNorm.{any}"))
 BERT = Family(
     "BERT",
     ("bert",),
@@ -206,7 +205,7 @@ BERT = Family(
     stack_rules("bert"),
     tied={"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"},
     ignored=("bert.embeddings.position_ids", "bert.embeddings.token_type_ids"),
-    unused=("bert.pooler.dense.{w}", "cls.*"),
+    unused=("bert.pooler.dense.{w}", "cls.seq_relationship.{w}"),
     prefix="bert.",
     by_spec=heads,
 )

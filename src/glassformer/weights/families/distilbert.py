@@ -20,7 +20,7 @@ from glassformer.parts.readout import Classifier, Dense, LanguageModel, ReadOut,
 from glassformer.parts.wiring import PostNorm
 
 from ..config import Config
-from ..family import Family
+from ..family import Family, Variant
 from ..rules import Rule
 from .bert import NAMES, head, head_fields, n_classes, named, norm_rules, plain_encoder, tied
 from .llama import act_name, act_named
@@ -91,9 +91,12 @@ RULES = (
 )
 
 
-def heads(spec: Encoder) -> tuple[Rule, ...]:
+def heads(spec: Encoder) -> Variant:
     """What the read-out's transform is called."""
-    return (Rule("readout.transform.linear.{w}", "vocab_transform.{w}" if isinstance(spec.readout, LanguageModel) else "pre_classifier.{w}"),)
+    if isinstance(spec.readout, LanguageModel):
+        return Variant((Rule("readout.transform.linear.{w}", "vocab_transform.{w}"),))
+    others = ("vocab_transform.{w}", "vocab_layer_norm.{w}", "vocab_projector.{w}")
+    return Variant((Rule("readout.transform.linear.{w}", "pre_classifier.{w}"),), unused=others)
 
 
 DISTILBERT = Family(
@@ -104,7 +107,6 @@ DISTILBERT = Family(
     RULES,
     tied={"vocab_projector.weight": f"{EMBEDDINGS}.word_embeddings.weight"},
     ignored=(f"{EMBEDDINGS}.position_ids",),
-    unused=("vocab_transform.{w}", "vocab_layer_norm.{w}", "vocab_projector.{w}"),
     prefix="distilbert.",
     by_spec=heads,
 )

@@ -18,9 +18,9 @@ from glassformer.parts.position import Learned
 from glassformer.parts.readout import Classifier, Dense, LanguageModel, ReadOut, States, Tagger
 
 from ..config import Config
-from ..family import Family
+from ..family import Family, Variant
 from ..rules import Rule
-from .bert import NAMES, common, head, n_classes, named, norm_rules, plain_encoder, post_norm, stack_rules, tied
+from .bert import NAMES, common, head, n_classes, named, plain_encoder, post_norm, stack_rules, tied
 from .llama import act_named
 
 
@@ -65,19 +65,29 @@ def _finds_replaced(spec: Encoder) -> bool:
     return isinstance(spec.readout, Tagger) and spec.readout.transform is not None
 
 
-def heads(spec: Encoder) -> tuple[Rule, ...]:
+GENERATOR = ("generator_predictions.dense.{w}", "generator_predictions.LayerNorm.{w}", "generator_lm_head.{w}")
+DISCRIMINATOR = ("discriminator_predictions.dense.{w}", "discriminator_predictions.dense_prediction.{w}")
+
+
+def heads(spec: Encoder) -> Variant:
     """What the parameters of the read-out are called."""
     if isinstance(spec.readout, LanguageModel):
-        return (
-            Rule("readout.transform.linear.{w}", "generator_predictions.dense.{w}"),
-            *norm_rules("readout.transform.norm", "generator_predictions.LayerNorm"),
+        dense, norm, scores = GENERATOR
+        rules = (
+            Rule("readout.transform.linear.{w}", dense),
+            Rule("readout.transform.norm.{w}", norm),
             Rule("readout.matrix", "generator_lm_head.weight"),
             Rule("readout.bias", "generator_lm_head.bias"),
         )
-    stem = "discriminator_predictions" if _finds_replaced(spec) else "classifier"
-    last = {"discriminator_predictions": "discriminator_predictions.dense_prediction", "classifier": "classifier.out_proj"}[stem]
-    plain = isinstance(spec.readout, Tagger) and not _finds_replaced(spec)
-    return Rule("readout.transform.linear.{w}", f"{stem}.dense.{{w}}"), Rule("readout.linear.{w}", "classifier.{w}" if plain else f"{last}.{{w}}")
+        return Variant(rules, unused=DISCRIMINATOR)
+    if _finds_replaced(spec):
+        dense, scores = DISCRIMINATOR
+    elif isinstance(spec.readout, Classifier):
+        dense, scores = "classifier.dense.{w}", "classifier.out_proj.{w}"
+    else:
+        dense, scores = "classifier.dense.{w}", "classifier.{w}"
+    others = GENERATOR if _finds_replaced(spec) else GENERATOR + DISCRIMINATOR
+    return Variant((Rule("readout.transform.linear.{w}", dense), Rule("readout.linear.{w}", scores)), unused=others)
 
 
 ELECTRA = Family(
@@ -88,7 +98,6 @@ ELECTRA = Family(
     (*stack_rules("electra"), Rule("embed.lift_sum.{w}", "electra.embeddings_project.{w}")),
     tied={"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"},
     ignored=("electra.embeddings.position_ids", "electra.embeddings.token_type_ids"),
-    unused=("discriminator_predictions.*", "generator_predictions.*", "generator_lm_head.*"),
     prefix="electra.",
     by_spec=heads,
 )

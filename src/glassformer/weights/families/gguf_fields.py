@@ -81,6 +81,18 @@ def config(metadata: Mapping[str, Any], tensors: Mapping[str, Stored], file: Pat
     if name not in ARCHITECTURES:
         raise WeightsError(f"{file}: the architecture {name[:60]!r} is not supported.{did_you_mean(name, ARCHITECTURES)} Known: {', '.join(ARCHITECTURES)}.")
     said, arch = Said(metadata, tensors, file, name), ARCHITECTURES[name]
+    try:
+        return _config(said, arch)
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError, IndexError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(f"{file}: the metadata of {name!r} makes no sense ({error}): the file is damaged, or of another version of its format.") from error
+
+
+def _config(said: Said, arch: Architecture) -> Fields:
+    for key, most in (("block_count", len(said.tensors)), ("expert_count", max((max(t.shape, default=1) for t in said.tensors.values()), default=1))):
+        if said(key, 0) > most:
+            raise WeightsError(f"{said.file}: {arch.name}.{key} is {said(key)}, but the file holds no more than {most} tensors or rows: it is damaged.")
     fields = {ours: value for ours, theirs in arch.table if (value := said(theirs, None)) is not None}
     return {k: v for k, v in (fields | {"vocab_size": said.rows("token_embd.weight")} | arch.read(said)).items() if v is not None}
 

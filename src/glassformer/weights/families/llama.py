@@ -71,7 +71,8 @@ def windows(c: Config, kinds: Sequence[str], size: int | None) -> list[Mask]:
 
 def common(spec: Decoder) -> dict[str, Any]:
     """The way back: the fields that all Llama-like configs share."""
-    a, f = spec.blocks[0].attention, spec.blocks[0].feedforward
+    a: Any = spec.blocks[0].attention
+    f = spec.blocks[0].feedforward
     n, g, k, _ = a.sizes(spec.d_model)
     made = {
         "vocab_size": spec.vocab_size,

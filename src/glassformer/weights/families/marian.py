@@ -14,9 +14,8 @@ from glassformer.parts.position import Sinusoidal
 from glassformer.parts.readout import LanguageModel, ReadOut, States
 
 from ..config import Config
-from ..family import Family
-from ..rules import Rule
-from .bart import DECODERS, ENCODERS, ONE_TABLE, SHARED, STACKS, TABLE_EACH, common_config, halves
+from ..family import Family, Variant
+from .bart import DECODERS, ONE_FOR_ALL, ONE_TABLE, SHARED, STACKS, TABLE_EACH, common_config, halves, scores
 
 NAMES: dict[type, str] = {LanguageModel: "MTModel", States: "Model"}
 
@@ -44,9 +43,11 @@ def config(spec: EncoderDecoder) -> dict[str, Any]:
     return made | {"decoder_vocab_size": spec.decoder.vocab_size, "share_encoder_decoder_embeddings": spec.shared}
 
 
-def by_spec(spec: EncoderDecoder) -> tuple[Rule, ...]:
-    """Where the table lies: one for all, or one in each half."""
-    return ONE_TABLE if spec.shared else TABLE_EACH
+def by_spec(spec: EncoderDecoder) -> Variant:
+    """Where the table lies: one for all, or one in each half (and a third beside them that nothing reads)."""
+    if spec.shared:
+        return Variant(ONE_TABLE, ONE_FOR_ALL, scores(spec))
+    return Variant(TABLE_EACH, {"lm_head.weight": DECODERS} if spec.decoder.tied else {}, (*scores(spec), SHARED))
 
 
 MARIAN = Family(
@@ -55,9 +56,7 @@ MARIAN = Family(
     spec,
     config,
     STACKS,
-    tied={ENCODERS: SHARED, DECODERS: SHARED, "lm_head.weight": SHARED},
     ignored=("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"),
-    unused=("final_logits_bias", "lm_head.weight", SHARED),
     prefix="model.",
     by_spec=by_spec,
 )

@@ -25,7 +25,7 @@ from glassformer.parts.rotary import Rotary
 from glassformer.parts.wiring import PreNorm
 
 from ..config import Config, context_config, rotary, rotary_config
-from ..family import Family
+from ..family import Family, Variant
 from ..rules import Rule
 from .bert import NAMES, head, head_fields, n_classes, named, tied
 from .llama import act_name, act_named, layers, windows
@@ -130,6 +130,13 @@ RULES = (
     Rule("readout.linear.{w}", "classifier.{w}"),
 )
 
+
+def heads(spec: Encoder) -> Variant:
+    """Which heads a file may hold beside the one that is asked for."""
+    transform, matrix = ("head.dense.{w}", "head.norm.{w}"), ("decoder.{w}",)
+    return Variant(unused=() if isinstance(spec.readout, LanguageModel) else transform + matrix if isinstance(spec.readout, States) else matrix)
+
+
 MODERNBERT = Family(
     "ModernBERT",
     ("modernbert",),
@@ -137,6 +144,6 @@ MODERNBERT = Family(
     config,
     RULES,
     tied={"decoder.weight": "model.embeddings.tok_embeddings.weight"},
-    unused=("head.dense.{w}", "head.norm.{w}", "decoder.{w}"),
     prefix="model.",
+    by_spec=heads,
 )

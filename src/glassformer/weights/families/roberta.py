@@ -17,13 +17,16 @@ from glassformer.parts.position import Learned
 from glassformer.parts.readout import Classifier, Dense, LanguageModel, ReadOut, States, Tagger
 
 from ..config import Config
-from ..family import Family
+from ..family import Family, Variant
 from ..rules import Rule
 from .bert import NAMES, common, head, n_classes, named, norm_rules, plain_encoder, post_norm, stack_rules, tied, vocabulary_rules
 
 
 def spec(c: Config) -> Encoder:
-    """From config.json. The table of positions holds ``pad_token_id + 1`` rows that no text reads, before its first position."""
+    """From config.json. The table of positions holds ``pad_token_id + 1`` rows before its first position.
+
+    The reference gives padding no position at all; here texts are padded on the right (``lengths``), where that makes no difference.
+    """
     plain_encoder(c)
     block = post_norm(c, c.number("layer_norm_eps", 1e-5))
     readouts: dict[str, ReadOut] = {
@@ -54,17 +57,16 @@ def config(spec: Encoder) -> dict[str, Any]:
     return {"model_type": "roberta", **named(spec, "Roberta", NAMES), **common(spec), **places}
 
 
-def heads(spec: Encoder) -> tuple[Rule, ...]:
+def heads(spec: Encoder) -> Variant:
     """What the parameters of the read-out are called."""
     if isinstance(spec.readout, LanguageModel):
-        return (
-            Rule("readout.transform.linear.{w}", "lm_head.dense.{w}"),
-            *norm_rules("readout.transform.norm", "lm_head.layer_norm"),
-            *vocabulary_rules("lm_head.decoder", "lm_head.bias"),
-        )
+        dense, norm = Rule("readout.transform.linear.{w}", "lm_head.dense.{w}"), norm_rules("readout.transform.norm", "lm_head.layer_norm")
+        return Variant((dense, *norm, *vocabulary_rules("lm_head.decoder", "lm_head.bias")))
+    others = ("lm_head.bias", "lm_head.decoder.{w}", "lm_head.dense.{w}", "lm_head.layer_norm.{w}")
     if isinstance(spec.readout, Classifier):
-        return Rule("readout.transform.linear.{w}", "classifier.dense.{w}"), Rule("readout.linear.{w}", "classifier.out_proj.{w}")
-    return (Rule("readout.linear.{w}", "classifier.{w}"),)
+        dense = Rule("readout.transform.linear.{w}", "classifier.dense.{w}")
+        return Variant((dense, Rule("readout.linear.{w}", "classifier.out_proj.{w}")), unused=others)
+    return Variant((Rule("readout.linear.{w}", "classifier.{w}"),), unused=others)
 
 
 ROBERTA = Family(
@@ -75,7 +77,7 @@ ROBERTA = Family(
     stack_rules("roberta"),
     tied={"lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight"},
     ignored=("roberta.embeddings.position_ids", "roberta.embeddings.token_type_ids"),
-    unused=("roberta.pooler.dense.{w}", "lm_head.*"),
+    unused=("roberta.pooler.dense.{w}",),
     prefix="roberta.",
     by_spec=heads,
 )

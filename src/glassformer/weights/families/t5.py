@@ -23,7 +23,7 @@ from glassformer.parts.position import T5Buckets
 from glassformer.parts.readout import LanguageModel, ReadOut, States
 
 from ..config import Config
-from ..family import Family
+from ..family import Family, Variant
 from ..rules import Rule
 from .bert import head
 from .llama import ACTS
@@ -147,4 +147,12 @@ TIED = dict.fromkeys(("encoder.embed_tokens.weight", "decoder.embed_tokens.weigh
 # The first checkpoints hold a table of distances between the two halves, which no version has ever read.
 IGNORED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
 
-T5 = Family("T5", ("t5",), spec, config, RULES, tied=TIED, ignored=IGNORED, unused=("lm_head.weight", "decoder.*"))
+
+def rest(spec: EncoderDecoder | Encoder) -> Variant:
+    """What a file may hold beside the part that is asked for: the other half of an encoder, the read-out of bare states."""
+    if isinstance(spec, Encoder):
+        return Variant(unused=("lm_head.weight", "decoder.*"))
+    return Variant(unused=("lm_head.weight",) if isinstance(spec.decoder.readout, States) else ())
+
+
+T5 = Family("T5", ("t5",), spec, config, RULES, tied=TIED, ignored=IGNORED, by_spec=rest)
