@@ -121,7 +121,7 @@ if TYPE_CHECKING:
     )
     from .train.evaluate import Evaluation as Evaluation, evaluate as evaluate
     from .train.recipe import LoadTokenizer as LoadTokenizer, Recipe as Recipe, TrainTokenizer as TrainTokenizer
-    from .weights import Loaded as Loaded, load as load, save as save
+    from .weights import Loaded as Loaded, Verification as Verification, load as load, quantise as quantise, save as save, verify as verify
 
 __version__ = "0.1.0"
 
@@ -251,6 +251,9 @@ _DOOR: dict[str, tuple[str, ...]] = {
         "save",
         "load",
         "Loaded",
+        "quantise",
+        "verify",
+        "Verification",
     ),
     "tasks": (
         "Task",

@@ -47,8 +47,8 @@ def test_the_folder_holds_what_the_format_says(tied, tmp_path):
     assert {oct(p.stat().st_mode)[-3:] for p in folder.iterdir()} == {"644"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shard", [1, 700, 2_000, 10**9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shard", [1, 2_000, 10**9])
 def test_it_comes_back_to_the_bit(dtype, shard, tmp_path):
     given = model().to(dtype)
     weights.export_hf(given, tmp_path, shard=shard)

@@ -205,7 +205,7 @@ def test_a_text_by_the_folders_own_tokenizer(tmp_path):
     tokenizer = train("characters", texts=["a transformer reads this text, and another one reads it too"])
     llama(tmp_path)
     with pytest.raises(GlassformerError, match="has no tokenizer, so a text means nothing to its model: leave the text out to run random tokens."):
-        weights.verify(tmp_path, text=text)
+        weights.verify(tmp_path, text="this text")
     tokenizer.save(tmp_path)
     found = weights.verify(tmp_path, text="this text")
     assert found.agrees and found.compared[0].shape == (1, 9, 32)

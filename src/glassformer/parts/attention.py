@@ -171,9 +171,7 @@ class _Attention(nn.Module):
             p.shared[key] = make()
         return p.shared[key]
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Resolved, bias: Tensor | None, p: Pass, lift: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Resolved, bias: Tensor | None, p: Pass, lift: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """From q [b t h k] and k, v [b g s k] to the layer's output [b t d]; ``lift`` makes of a mix of ``v`` what a head returns."""
         rule = Rule(self.scale, self.spec.cap, bias, mask, self.normaliser)
         dropout = self.spec.dropout if self.training else 0.0

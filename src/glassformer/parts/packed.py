@@ -223,11 +223,12 @@ def pack(model: Any, packed: Mapping[str, Sequence[Piece]], dtype: torch.dtype =
     for path, pieces in packed.items():
         if not packable(model, path):
             raise WeightsError(f"The parameter {path!r} cannot stay packed: only matrices of linear layers, embeddings and read-outs can. Load it unpacked.")
-        owner, _, leaf = path.rpartition(".")
+        owner = path.rpartition(".")[0]
         layer, shape = model.get_submodule(owner), tuple(model.get_parameter(path).shape)
         above, _, name = owner.rpartition(".")
         parent = model.get_submodule(above)
         made: nn.Module
+        held: Any
         if isinstance(layer, nn.Linear):
             made = held = PackedLinear(pieces, layer.bias, dtype)
         elif isinstance(layer, EmbeddingLayer):
@@ -257,7 +258,7 @@ def unpack(model: Any) -> Any:
         above, _, name = path.rpartition(".")
         parent = model.get_submodule(above)
         if isinstance(module, PackedLinear):
-            made = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            made: Any = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
             made.weight, made.bias = nn.Parameter(module.weight), module.bias
             setattr(parent, name, made.train(module.training))
         elif isinstance(module, PackedEmbedding):

@@ -211,7 +211,13 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     if model not in MODELS:
         raise TokenizerError(f"the tokenizer of this GGUF file is of kind {model!r}; {', '.join(MODELS)} can be read.{did_you_mean(model, MODELS)}")
     vocabulary = _vocabulary(keys)
-    library = {"gpt2": _byte_level, "llama": _by_scores, "t5": _unigram, "bert": _wordpiece}[model](keys, vocabulary)
+    make = {"gpt2": _byte_level, "llama": _by_scores, "t5": _unigram, "bert": _wordpiece}[model]
+    try:
+        library = make(keys, vocabulary)
+    except TokenizerError:
+        raise
+    except (ValueError, TypeError, OverflowError) as error:  # the tokenizers library's words for pieces that it cannot use
+        raise TokenizerError(f"the vocabulary of this GGUF file makes no tokenizer ({error}): the file is damaged.") from error
     known = library.get_vocab(with_added_tokens=True)
     template = metadata.get("tokenizer.chat_template")
     # WordPiece spells its pieces otherwise, its special tokens alike
@@ -231,6 +237,9 @@ def _vocabulary(keys: _Keys) -> _Vocabulary:
             if not 0 <= id < len(tokens):
                 raise TokenizerError(f"the GGUF key {KEY + key} is {id}, and the vocabulary has {len(tokens):,} pieces: the file is damaged.")
             ids[role] = id
+    broken = next((token for token in tokens if any("\ud800" <= c <= "\udfff" for c in token)), None)
+    if broken is not None:
+        raise TokenizerError(f"the piece {broken!r} in {KEY}tokens is not UTF-8: the GGUF file is damaged.")
     types = keys.row("token_type", int, len(tokens))
     if types is None:
         special = {ids[role] for role in ids if role != "unk"}
@@ -239,7 +248,8 @@ def _vocabulary(keys: _Keys) -> _Vocabulary:
             for id, token in enumerate(tokens)
         ]
     if len(set(tokens)) < len(tokens):
-        twice = next(token for at, token in enumerate(tokens) if token in tokens[:at])
+        seen: set[str] = set()
+        twice = next(token for token in tokens if token in seen or seen.add(token))  # type: ignore[func-returns-value]
         raise TokenizerError(f"the piece {twice!r} is twice in {KEY}tokens, so that one of its ids could not be found: the GGUF file is damaged.")
     return _Vocabulary(tokens, types, ids)
 

@@ -198,7 +198,7 @@ class Sources:
             calls = self._calls(owners)
             if given:
                 self.of[f"{path}.{given}"] = _given(calls)
-            order = self._order(f"{path}.{name}.weight", calls_of=len(owners))
+            order = self._order(f"{path}.{name}.weight")
             widths = Place(part, name).widths if len(made) > 1 else (-1,)
             for j, site in enumerate(made):
                 self.of[f"{path}.{site}"] = _cut(calls, order, widths, j)
@@ -228,20 +228,21 @@ class Sources:
             if turn >= len(found):
                 return None
             *qkv, scale = found[turn]
-            x: Tensor | None = (
-                qkv[which][:, :: qkv[which].shape[1] // part.n_kv_heads] if which and qkv[which].shape[1] > part.n_kv_heads else qkv[which]
-            ).transpose(1, 2)
+            if which == 0:
+                x: Tensor | None = qkv[0].transpose(1, 2) * (scale / part.scale)  # the scale may already be in the queries
+            else:  # some references repeat keys and values for every query head
+                x = qkv[which][:, :: max(1, qkv[which].shape[1] // part.n_kv_heads)].transpose(1, 2)
             if which < 2 and isinstance(part, LatentAttentionLayer):
                 plain = self.of[f"{path}.q"]() if f"{path}.q" in self.of else None
-                x = None if plain is None else _together(qkv[which].transpose(1, 2), qkv[0].transpose(1, 2), plain, part.d_rope)
-            return x * (scale / part.scale) if x is not None and which == 0 else x  # the scale may already be in the queries
+                return None if x is None or plain is None else _together(x, qkv[0].transpose(1, 2), plain, part.d_rope)
+            return x
 
         self.of[f"{path}.q_rot"], self.of[f"{path}.k_rot"] = lambda: asked(0), lambda: asked(1)
         self.of.setdefault(f"{path}.v", lambda: asked(2))
 
     def _heads_whole(self, path: str, part: AttentionLayer) -> bool:
         """Whether features keep their order within a head between the reference and us (some families turn pairs that stand elsewhere)."""
-        order = self._order(f"{path}.qkv.weight", calls_of=1)
+        order = self._order(f"{path}.qkv.weight")
         if order is None:
             return False
         q = order[: part.widths[0]].view(part.n_heads, -1)
@@ -293,7 +294,7 @@ class Sources:
         self._turns[owners] = number + 1
         return number
 
-    def _order(self, parameter: str, calls_of: int) -> Tensor | None:
+    def _order(self, parameter: str) -> Tensor | None:
         """Which of their outputs, one after another, each of ours is: the form applied to their numbers; None if it does more than move rows."""
         filling = self.forms[parameter]
         linear = self.seen.reference.get_submodule(self.seen.owners(parameter)[0])
@@ -301,10 +302,10 @@ class Sources:
         starts = [sum(rows[:i]) for i in range(len(rows))]
         numbers = [torch.arange(n, dtype=torch.float64) + at for n, at in zip(rows, starts, strict=True)]
         try:
-            ours = filling.form.ours(numbers, filling.place).flatten().long()
+            ours = filling.form.ours(numbers, filling.place).flatten()
         except (RuntimeError, ValueError, IndexError, TypeError):
             return None
-        return ours if torch.equal(ours.sort().values, torch.arange(sum(rows))) else None
+        return ours.long() if torch.equal(ours.sort().values, torch.arange(sum(rows), dtype=ours.dtype)) else None
 
     def _listed(self, name: str, i: int, n: int) -> Source:
         """Element ``i`` of one of the output's lists, if it has ``n`` of them."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,8 @@ from glassformer.parts.packed import Packed
 
 from . import assign
 from .config import HARMLESS
-from .family import Family, family_for, in_full, says
 from .families import gguf_fields, gguf_names
+from .family import Family, family_for, in_full, says
 from .quants import FORMATS, WRITTEN, quantise, reference
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ def export_gguf(
         reason, todo = files.trouble(error)
         raise WeightsError(f"The model could not be written to {path}: {reason}. {todo}; what was there before is untouched.") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # it may never have been made
+            draft.unlink(missing_ok=True)
     return path
 
 

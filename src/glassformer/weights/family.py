@@ -90,7 +90,7 @@ class Family:
             spec = self.spec(c)
         except WeightsError:
             raise
-        except (GlassformerError, TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError) as error:
+        except (GlassformerError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise WeightsError(f"{file} describes no {self.name} that can be built: {error}") from error
         c.finish(ignored=ignore)
         return spec
@@ -118,7 +118,7 @@ def family_of(values: Mapping[str, Any], file: Any) -> Family:
     if kind is None:
         raise WeightsError(f"{file} names no model_type, so the family of the model is unknown. Known: {', '.join(sorted(known))}.")
     raise WeightsError(
-        f"{file}: the model type {str(kind)[:60]!r} is not supported.{did_you_mean(kind, known)} Known: {', '.join(sorted(known))}. {_nearest(values, known)}"
+        f"{file}: the model type {str(kind)[:60]!r} is not supported.{did_you_mean(str(kind)[:60], known)} Known: {', '.join(sorted(known))}. {_nearest(values, known)}"
     )
 
 

@@ -164,7 +164,9 @@ class _Header:
         self.at = 4
         version = self.number("<I", "the version")
         if version & 0xFFFF == 0:
-            raise WeightsError(f"{self.file} is written for big-endian machines, which is not supported: convert it with gguf-convert-endian, or fetch the usual one.")
+            raise WeightsError(
+                f"{self.file} is written for big-endian machines, which is not supported: convert it with gguf-convert-endian, or fetch the usual one."
+            )
         if version not in (2, 3):
             raise WeightsError(f"{self.file} has GGUF version {version}, but versions 2 and 3 are read: convert the model again with a newer llama.cpp.")
         tensors, values = self.number("<Q", "the number of tensors"), self.number("<Q", "the number of keys")
@@ -227,11 +229,10 @@ class _Header:
                 self.damaged(f"the tensor {name[:80]!r} is described twice")
             if offset % alignment:
                 self.damaged(f"the tensor {name[:80]!r} starts at offset {offset}, which is no multiple of the alignment {alignment}")
-            if data + offset + nbytes > self.size:
-                self.damaged(
-                    f"the tensor {name[:80]!r} of shape {shape} and type {kind} needs the bytes {data + offset} to {data + offset + nbytes}, but the file has {self.size}"
-                )
-            found[name] = Stored(name, shape, kind, self.file, data + offset, nbytes)
+            start, end = data + offset, data + offset + nbytes
+            if end > self.size:
+                self.damaged(f"the tensor {name[:80]!r} of shape {shape} and type {kind} needs the bytes {start} to {end}, but the file has {self.size}")
+            found[name] = Stored(name, shape, kind, self.file, start, nbytes)
         before = None
         for tensor in sorted(found.values(), key=lambda t: t.offset):
             if before is not None and tensor.offset < before.offset + before.nbytes:

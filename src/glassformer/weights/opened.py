@@ -149,7 +149,7 @@ class Opened:
         """The model without memory, and its plan. Made anew for each model: a plan names places in it."""
         if self.family is None:
             raise WeightsError("A checkpoint in glassformer's own format has no family: its tensors bear the names of the parameters.")
-        model = self.spec.build(device="meta")
+        model = assign.skeleton(self.spec, self.tensors, self.path)
         return model, assign.plan(model, self.family, self.tensors, self.path)
 
     @typed(WeightsError)
@@ -160,7 +160,7 @@ class Opened:
 
         ``dtype`` None keeps the file's own type (float16 and quantised numbers become float32 on a CPU, which computes in neither).
         ``packed``: quantised matrices stay packed in memory and are unpacked at each use. ``quantise``: the matrices of the blocks become ``"int8"`` or
-        ``"int4"`` as they are read (see :func:`glassformer.weights.quantise`).
+        ``"int4"`` (all else then bfloat16, if no type is asked for) as they are read (see :func:`glassformer.weights.quantise`).
         """
         start = time.perf_counter()
         where = device_named("cpu" if device is None else device)
@@ -171,7 +171,7 @@ class Opened:
         if quantise is not None:
             if packed:
                 raise WeightsError("packed=True keeps the file's own quantised matrices, quantise makes new ones: leave one of them out.")
-            kind = dtype_for(quantise, where, kind) if dtype is None else kind
+            kind = dtype_for(quantise, kind) if dtype is None else kind
             check_quantise(quantise, where, kind)
         layers = {} if quantise is None else {f"{path}.weight": (path, layer) for path, layer in quantisable(model).items()}
         _check_tied(plan, self.tensors)
@@ -183,7 +183,8 @@ class Opened:
                 raise WeightsError(f"{self.path} holds no quantised tensors that could stay packed: leave packed out.")
 
             kept = packing.keep(model, plan, kind, where)
-        for filling, x in _read_all([f for f in plan.fillings if f.path not in kept], model, kind, where):
+        model.to(kind)  # on the meta device: says the type of each parameter, which a part may keep wider than the rest
+        for filling, x in _read_all([f for f in plan.fillings if f.path not in kept], model, where):
             own.assign(model, filling.path, x)
             if quantise is not None and filling.path in layers:  # at once, so that the model is never held in both types
                 quantise_layer(*layers[filling.path], quantise)
@@ -195,6 +196,8 @@ class Opened:
         return model.eval(), Report(self.path, self.family.name, used, plan.tied, plan.left, name, size, time.perf_counter() - start)
 
     def _load_own(self, dtype: str | torch.dtype | None, device: torch.device, start: float, quantise: str | None) -> tuple[Any, Report]:
+        if quantise == "int4" and dtype is None:
+            dtype = torch.bfloat16
         model = own.load(self.path, device, dtype).model
         if quantise is not None:
             quantise_all(model, quantise)
@@ -227,13 +230,13 @@ def _blocks_in(quantise: str | None) -> str:
     return "" if quantise is None else f", the blocks' matrices in {quantise}"
 
 
-def _read_all(fillings: Sequence[Filling], model: Any, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Filling, torch.Tensor]]:
+def _read_all(fillings: Sequence[Filling], model: Any, device: torch.device) -> Iterator[tuple[Filling, torch.Tensor]]:
     """Each parameter's values in turn. A few are read ahead: reading waits for the disk or copies memory, both without Python's lock."""
 
     def read(f: Filling) -> torch.Tensor:
-        return _filled(f, shapes[f.path], dtype, device)
+        return _filled(f, like[f.path], device)
 
-    shapes = {name: x.shape for name, x in model.named_parameters()}
+    like = {name: x.detach() for name, x in model.named_parameters()}
     with ThreadPoolExecutor(READERS) as readers:
         ahead: deque[tuple[Filling, Future[torch.Tensor]]] = deque()
         for filling in fillings:
@@ -245,9 +248,9 @@ def _read_all(fillings: Sequence[Filling], model: Any, dtype: torch.dtype, devic
             yield done, x.result()
 
 
-def _filled(filling: Filling, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _filled(filling: Filling, like: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A parameter's values, read straight into its own memory where the form allows."""
-    out = torch.empty(shape, dtype=dtype)
+    out = torch.empty_like(like, device="cpu")
     filling.form.fill(out, filling.stored, filling.place)
     return out.to(device)
 

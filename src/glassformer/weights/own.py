@@ -175,6 +175,8 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _fill(model: Any, file: Path, device: torch.device, dtype: torch.dtype | None) -> None:
     """Give every parameter its tensor; shapes and names must agree exactly."""
+    if dtype is not None:
+        model.to(dtype)  # on the meta device: says the type of each parameter, which a part may keep wider than the rest
     parameters = dict(model.named_parameters())
     try:
         with safe_open(file, framework="pt", device=str(device)) as tensors:
@@ -194,7 +196,7 @@ def _fill(model: Any, file: Path, device: torch.device, dtype: torch.dtype | Non
                         f"{file}: {name!r} has shape {shape}, but the model needs {tuple(parameter.shape)}: the two files belong to different models."
                     )
                 x = tensors.get_tensor(name)
-                assign(model, name, x if dtype is None else x.to(dtype))
+                assign(model, name, x if dtype is None else x.to(parameter.dtype))
     except FileNotFoundError as error:
         raise WeightsError(f"{file} is missing: the folder holds a description but no parameters.") from error
     except (SafetensorError, OSError) as error:
@@ -204,4 +206,5 @@ def _fill(model: Any, file: Path, device: torch.device, dtype: torch.dtype | Non
 def assign(model: Any, name: str, x: torch.Tensor) -> None:
     """Put ``x`` in the place of a parameter of that name."""
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(x, requires_grad=x.is_floating_point()))
+    module = model.get_submodule(owner)
+    setattr(module, leaf, torch.nn.Parameter(x, requires_grad=getattr(module, leaf).requires_grad and x.is_floating_point()))

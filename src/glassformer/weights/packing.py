@@ -1,7 +1,7 @@
 """Loading without unpacking: quantised matrices go from the file into packed layers as they are.
 
-    plan: parameter ◄─ form ◄─ tensors        where the form only moves whole rows, it moves them packed:
-          ──► Piece, Piece, …                  bytes of a row are bytes of a row, whatever numbers they stand for
+plan: parameter ◄─ form ◄─ tensors        where the form only moves whole rows, it moves them packed:
+      ──► Piece, Piece, …                  bytes of a row are bytes of a row, whatever numbers they stand for
 """
 
 from __future__ import annotations

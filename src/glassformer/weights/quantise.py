@@ -6,8 +6,8 @@
     y = x W^T + b  with W made again inside the product
 
 Products, sites and parameters keep their names, so a quantised model is looked into like any other. Embeddings, read-out,
-norms, biases and the routers of experts (small, and decisive) keep their type. On a CPU int4 runs on torch's own 4-bit
-product in the model's type, on CUDA in bfloat16.
+norms, biases and the routers of experts (small, and decisive) keep their type. On CUDA int4 is multiplied in bfloat16 only; on a
+CPU torch's 4-bit product takes float32 too, but is many times slower in it.
 
 torchao is no requirement of this package: ``pip install 'glassformer[quantise]'``.
 """
@@ -76,9 +76,9 @@ def check(kind: str, device: torch.device, dtype: torch.dtype) -> None:
         raise WeightsError(f"On a GPU int4 is multiplied in bfloat16, but the model is in {str(dtype).removeprefix('torch.')}: load it with dtype='bfloat16'.")
 
 
-def dtype_for(kind: str, device: torch.device, usual: torch.dtype) -> torch.dtype:
+def dtype_for(kind: str, usual: torch.dtype) -> torch.dtype:
     """The type in which a model is loaded that is to be quantised, if nobody asked for another."""
-    return torch.bfloat16 if kind == "int4" and device.type == "cuda" else usual
+    return torch.bfloat16 if kind == "int4" else usual
 
 
 def _check_shape(path: str, layer: nn.Linear, kind: str) -> None:

@@ -1,7 +1,7 @@
 """Quantised numbers of a file: read as float32, and written for a file.
 
-    bytes [rows, bytes] ── dequantise ──► numbers [rows, n]       the formats are core/blocks.py's
-    numbers [rows, n] ──── quantise ────► bytes [rows, bytes]     by the format's reference (the gguf package)
+bytes [rows, bytes] ── dequantise ──► numbers [rows, n]       the formats are core/blocks.py's
+numbers [rows, n] ──── quantise ────► bytes [rows, bytes]     by the format's reference (the gguf package)
 """
 
 from __future__ import annotations

@@ -93,6 +93,16 @@ def test_latents_are_the_references(tmp_path):
         torch.testing.assert_close(tap[f"blocks.{i}.attn.z"].flatten(2), theirs[i, "z"], atol=1e-5, rtol=1e-5)
 
 
+def test_corrections_are_loaded_in_float32_whatever_the_type_of_the_rest(tmp_path):
+    reference = saved(transformers.DeepseekV3Config(**{**SIZES, **COMMON, **V3S["groups"]}), tmp_path / "theirs", auto=Corrected)
+    model, _ = weights.open(tmp_path / "theirs").load(dtype=torch.bfloat16)
+    layer, theirs = model.blocks[1].experts, reference.model.layers[1].mlp.gate
+    assert layer.router.weight.dtype == torch.bfloat16 and torch.equal(layer.routing.correction, theirs.e_score_correction_bias)
+    weights.export_hf(model, tmp_path / "back")
+    again = type(reference).from_pretrained(tmp_path / "back")
+    assert torch.equal(again.model.layers[1].mlp.gate.e_score_correction_bias, theirs.e_score_correction_bias)
+
+
 # Configs as they are published
 
 V2_LITE: dict[str, Any] = {

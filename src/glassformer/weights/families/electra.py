@@ -72,7 +72,7 @@ DISCRIMINATOR = ("discriminator_predictions.dense.{w}", "discriminator_predictio
 def heads(spec: Encoder) -> Variant:
     """What the parameters of the read-out are called."""
     if isinstance(spec.readout, LanguageModel):
-        dense, norm, scores = GENERATOR
+        dense, norm, _ = GENERATOR
         rules = (
             Rule("readout.transform.linear.{w}", dense),
             Rule("readout.transform.norm.{w}", norm),

@@ -23,7 +23,7 @@ from .gguf_fields import ARCHITECTURES, architecture_of, config, metadata
 
 
 class Paired(Form):
-    """Queries, keys, values one below the other; in the file the rows of each query and key head go 0, k/2, 1, k/2 + 1, … so that those which turn together are neighbours."""
+    """Queries, keys, values one below the other; in the file the rows of each query and key head go 0, k/2, 1, k/2 + 1, …: those which turn together."""
 
     def moved(self, rows: Sequence[Tensor], place: Place) -> list[Tensor]:
         """Rows of queries, keys and values in our order; whatever a row holds (numbers or packed bytes)."""
