@@ -26,7 +26,8 @@ Sites: how many values of the tested model can be recorded and edited. Export: w
 | --- | --- | ---: | ---: | ---: | ---: | :---: | :---: |
 """
 TAIL = """
-GGUF: the architecture is read from (and written to) that format too. Quantised types: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K to Q6_K, IQ4_NL, IQ4_XS and MXFP4 are read,
+GGUF: the largest difference of the outputs after the model was written as a GGUF file in F32 and opened again (in brackets: in how many of the variants the format can say
+the model at all; of the odd ones it cannot say some: a width of a head that it assumes, a pattern of windows). Quantised types: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K to Q6_K, IQ4_NL, IQ4_XS and MXFP4 are read,
 F32, F16, BF16, Q8_0 and Q4_0 are written.
 
 A family is a file in `src/glassformer/weights/families/`: two functions between config.json and a Spec that undo each other, and one table of rules
@@ -36,8 +37,6 @@ between names that is read from both sides. What a file says and the family does
 
 def page(lines: list[dict[str, Any]]) -> str:
     """The whole page as Markdown. Raises SystemExit for a family without a result."""
-    from glassformer.weights.families import gguf_names
-
     rows = []
     for family in sorted(set(families().values()), key=lambda f: f.name.lower()):
         mine = [r for r in lines if r["family"] == family.name]
@@ -45,7 +44,8 @@ def page(lines: list[dict[str, Any]]) -> str:
             raise SystemExit(f"No test has a result for {family.name}: run all of tests/weights/families first.")
         kinds = ", ".join(f"`{k}`" for k in family.model_types)
         error, largest, sites = max(r["error"] for r in mine), max(r["largest"] for r in mine), max(r["sites"] for r in mine)
-        gguf = "yes" if any(k in gguf_names.MODEL_TYPES for k in family.model_types) else ""
+        through = [r["gguf"] for r in mine if r["gguf"] is not None]
+        gguf = f"{max(through):.1e}" + ("" if len(through) == len(mine) else f" ({len(through)} of {len(mine)})") if through else "no"
         export = "yes" if all(r["exported"] for r in mine) else "no"
         rows.append(f"| {family.name} | {kinds} | {len({r['test'] for r in mine})} | {error:.1e} | {largest:.1f} | {sites} | {export} | {gguf} |")
     versions = {k: sorted({r[k] for r in lines})[-1] for k in ("transformers", "torch")}

@@ -14,9 +14,12 @@ from glassformer import weights
 from glassformer.core.errors import WeightsError
 from glassformer.parts.position import Learned
 from glassformer.parts.rotary import Llama3Scaling, LongRope
+from glassformer.weights.export_gguf import export_gguf
 from glassformer.weights.families import gguf_fields, gguf_names
+from glassformer.weights.family import families
+from glassformer.weights.quants import FORMATS, row_bytes
 from glassformer.weights.rules import Place
-from weights.ggufs import CONFIGS, SIZES, inputs, made, written
+from weights.ggufs import CONFIGS, SIZES, inputs, made, turned, written
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -51,6 +54,48 @@ def test_a_packed_model_computes_what_the_unpacked_one_does(name: str, tmp_path:
         torch.testing.assert_close(packed(*inputs(dense)), dense(*inputs(dense)), rtol=0, atol=2e-5)  # other strips, other order of sums
     assert report.bytes < 0.6 * sum(4 * x.numel() for x in dense.parameters())
     assert packed.params().total == dense.params().total
+
+
+def test_rows_of_one_matrix_may_be_of_several_types(tmp_path: Path) -> None:
+    """As a quantiser leaves them: queries and keys in Q4_K, values in Q6_K, the read-out in Q5_K, and rows of heads to be moved."""
+    wide = {"vocab_size": 40, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    spec = families()["llama"].read({"model_type": "llama", **wide, "head_dim": 64, "rms_norm_eps": 1e-5} | turned())
+    plain = weights.open(export_gguf(spec.build(seed=0), tmp_path / "plain.gguf", "F32"))
+    writer, rng = gguf.GGUFWriter(tmp_path / "mixed.gguf", "llama"), np.random.default_rng(0)
+    for k, v in plain.found.metadata.items():
+        if k.startswith("llama."):
+            (writer.add_float32 if isinstance(v, float) else writer.add_uint32)(k, v)
+    kinds = {"token_embd": "Q3_K", "output": "Q5_K", "attn_q": "Q4_K", "attn_k": "Q4_K", "attn_v": "Q6_K", "attn_output": "Q2_K", "ffn_gate": "IQ4_XS"}
+    for name, stored in plain.tensors.items():
+        kind = kinds.get(name.split(".")[-2], "Q8_0")
+        if len(stored.shape) == 1:
+            writer.add_tensor(name, stored.read().numpy())
+            continue
+        raw = rng.integers(0, 256, (stored.shape[0], row_bytes(kind, 256)), dtype=np.uint8)
+        blocks = raw.reshape(-1, FORMATS[kind].bytes)
+        for at in {"Q3_K": [108], "Q5_K": [0, 2], "Q4_K": [0, 2], "Q6_K": [208], "Q2_K": [80, 82], "IQ4_XS": [0], "Q8_0": [0]}[kind]:
+            blocks[:, at : at + 2] = np.full((len(blocks), 1), 1e-4, np.float16).view(np.uint8)
+        writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    opened = weights.open(tmp_path / "mixed.gguf")
+    dense, _ = opened.load()
+    packed, _ = opened.load(packed=True)
+    assert packed.blocks[0].attn.qkv.types == ("Q4_K", "Q4_K", "Q6_K")
+    assert torch.equal(packed.blocks[0].attn.qkv.weight, dense.blocks[0].attn.qkv.weight)
+    q = torch.from_numpy(gguf.quants.dequantize(opened.tensors["blk.0.attn_q.weight"].raw().numpy().reshape(256, -1), gguf.GGMLQuantizationType.Q4_K))
+    assert torch.equal(dense.blocks[0].attn.qkv.weight[32], q[1])  # the second row of the file turns with the first
+    x = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), dense(x))
+
+
+def test_a_table_that_is_stored_twice_is_one_unless_a_quantiser_parted_them(tmp_path: Path) -> None:
+    for copy, tied in ((np.float32, True), (np.float16, False)):
+        found = {"position_embd.weight": np.zeros((9, 64), np.float32), "output.weight": np.zeros((7, 64), copy)}
+        assert config_of(file_of(tmp_path, "gpt2", LLAMA, found))["tie_word_embeddings"] is tied
 
 
 def test_the_names_are_those_of_the_reference() -> None:

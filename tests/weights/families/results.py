@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from glassformer import weights
+from glassformer.core.errors import WeightsError
 
 MOST = 400_000  # bytes of tensors in a golden
 
@@ -46,6 +47,7 @@ def keep(model: Any, reference: Any, folder: Path, ids: Tensor, target: Tensor) 
             "sites": len(model.sites()),
             "kinds": sorted({p.path.split(".", 2)[-1] if p.path.startswith("blocks.") else p.path for p in model.sites()}),
             "exported": True,  # given_back has asserted it before this is called
+            "gguf": through_gguf(model, folder.parent / "through.gguf", ids, target, ours),
             "transformers": transformers.__version__,
             "torch": torch.__version__.split("+")[0],
         }
@@ -58,3 +60,15 @@ def keep(model: Any, reference: Any, folder: Path, ids: Tensor, target: Tensor) 
         for file in sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")):
             shutil.copyfile(file, at / file.name)
         save_file({"ids": ids, "target": target, "output": theirs.contiguous()}, at / "expected.golden")
+
+
+def through_gguf(model: Any, file: Path, ids: Tensor, target: Tensor, before: Tensor) -> float | None:
+    """The largest difference of the outputs after a way through a GGUF file in F32, or None if the format has no such architecture."""
+    try:
+        weights.export_gguf(model, file, type="F32")
+        again, _ = weights.open(file).load()
+    except WeightsError:
+        return None
+    with torch.no_grad():
+        after = again(ids, target) if hasattr(again, "encoder") else again(ids)
+    return float((after - before).abs().max())

@@ -359,6 +359,12 @@ def _neox(said: Said) -> Fields:
     return made | {"tie_word_embeddings": not said.has("output.weight"), "hidden_act": "gelu"}
 
 
+def _gpt2(said: Said) -> Fields:
+    """The converter stores the one table twice; a quantiser gives the copy a better type, and then they are two."""
+    twice = said.has("output.weight") and said.tensors["output.weight"].type != said.tensors["token_embd.weight"].type
+    return {"model_type": "gpt2", "tie_word_embeddings": not twice}
+
+
 def _bert(said: Said) -> Fields:
     made = {"model_type": "bert", "architectures": ["BertModel"], "hidden_act": "gelu"}
     return made | {"type_vocab_size": said.rows("token_types.weight"), "max_position_embeddings": said.rows("position_embd.weight")}
@@ -422,7 +428,7 @@ _ALL = (
     ),
     Architecture("smollm3", ("smollm3",), COMMON, lambda said: _decoder(said, "smollm3", **_biases(said)), _sizes),
     Architecture("gptneox", ("gpt_neox",), _TABLE_NEOX, _neox),
-    Architecture("gpt2", ("gpt2",), _TABLE_GPT2, lambda said: {"model_type": "gpt2", "tie_word_embeddings": True}),  # whose read-out is stored twice
+    Architecture("gpt2", ("gpt2",), _TABLE_GPT2, _gpt2),
     Architecture("gemma", ("gemma",), COMMON, lambda said: _gemma(said, "gemma"), _sizes),
     Architecture("gemma2", ("gemma2",), (*COMMON, *WINDOW, *CAPS), lambda said: _gemma(said, "gemma2", largest=46) | _windows(said, 2), _sizes),
     Architecture("gemma3", ("gemma3_text", "gemma3"), (*COMMON, *WINDOW, *CAPS[1:]), _gemma3, _gemma3_back),
