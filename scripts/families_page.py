@@ -26,9 +26,9 @@ Sites: how many values of the tested model can be recorded and edited. Export: w
 | --- | --- | ---: | ---: | ---: | ---: | :---: | :---: |
 """
 TAIL = """
-GGUF: the largest difference of the outputs after the model was written as a GGUF file in F32 and opened again (in brackets: in how many of the variants the format can say
-the model at all; of the odd ones it cannot say some: a width of a head that it assumes, a pattern of windows). Quantised types: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K to Q6_K, IQ4_NL, IQ4_XS and MXFP4 are read,
-F32, F16, BF16, Q8_0 and Q4_0 are written.
+GGUF: the largest difference of the outputs after the model was written as a GGUF file in F32 and opened again; in brackets in how many of the variants
+the format can say the model at all (of the odd ones it cannot say some: a head of a width that it takes for granted, a pattern of windows of its own).
+Quantised types: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K to Q6_K, IQ4_NL, IQ4_XS and MXFP4 are read; F32, F16, BF16, Q8_0 and Q4_0 are written.
 
 A family is a file in `src/glassformer/weights/families/`: two functions between config.json and a Spec that undo each other, and one table of rules
 between names that is read from both sides. What a file says and the family does not understand is an error and not a guess.

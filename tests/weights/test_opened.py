@@ -127,3 +127,15 @@ def test_an_opened_spec_may_be_changed_before_it_is_loaded(folder):
     ids = torch.randint(61, (1, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert not torch.allclose(model(ids), plain(ids), atol=1e-6) and model.spec == opened.spec
+
+
+@pytest.mark.parametrize("write", [lambda m, at: gf.save(m, at), lambda m, at: weights.export_hf(m, at), lambda m, at: weights.export_gguf(m, at / "m.gguf")])
+def test_what_is_held_in_few_bits_is_not_written_and_says_so(tmp_path, write):
+    pytest.importorskip("torchao")
+    weights.export_gguf(SPEC.build(seed=0), tmp_path / "m.gguf", type="Q8_0")
+    packed, _ = weights.open(tmp_path / "m.gguf").load(packed=True)
+    with pytest.raises(WeightsError, match="packed matrices.*load it without packed=True"):
+        write(packed, tmp_path / "out")
+    with pytest.raises(WeightsError, match=r"quantised by torchao.*save the model before quantise\(\)"):
+        write(weights.quantise(SPEC.build(seed=0), "int8"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -29,9 +29,9 @@ from glassformer.core.fields import check, described, hints
 from glassformer.core.mask import Causal, Mask
 from glassformer.core.modes import evaluating
 from glassformer.core.tap import Tap
-from glassformer.parts.rotary import RotaryLayer
 from glassformer.parts.position import LearnedLayer
 from glassformer.parts.readout import LanguageModel
+from glassformer.parts.rotary import RotaryLayer
 
 from .sampler import Chain, Link, as_history
 from .state import State

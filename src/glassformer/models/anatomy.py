@@ -160,7 +160,8 @@ class Anatomy:
 def bytes_of(x: Tensor) -> int:
     """Bytes that a tensor takes; of one that torchao holds in few bits, those of the numbers and steps that it is made of."""
     if hasattr(x, "tensor_data_names"):
-        return sum(bytes_of(getattr(x, name)) for name in x.__tensor_flatten__()[0])  # type: ignore[attr-defined]
+        names: list[str] = x.__tensor_flatten__()[0]  # type: ignore[attr-defined]
+        return sum([bytes_of(getattr(x, name)) for name in names])
     return x.numel() * x.element_size()
 
 

@@ -140,6 +140,10 @@ NORMS = Rule(
 ZEROS = Rule(names=("bias", "normaliser.sinks", "routing.correction"), how=Fill(0.0))
 
 
+ATTENTION = ("qkv", "q", "kv", "q_down", "q_up", "kv_down", "kv_up")
+MATRICES = (*ATTENTION, "up", "gate_up", "router", "transform.linear", "lift_tokens", "lift_sum")
+
+
 def table(matrices: Distribution, into_stream: Distribution, embeddings: Distribution, readout: Distribution) -> Init:
     """The usual table: norms as declared, biases zero, and four kinds of matrices."""
     return Init(
@@ -147,7 +151,7 @@ def table(matrices: Distribution, into_stream: Distribution, embeddings: Distrib
             NORMS,
             ZEROS,
             Rule(("out.weight", "down.weight"), into_stream),
-            Rule(("qkv.weight", "q.weight", "kv.weight", "q_down.weight", "q_up.weight", "kv_down.weight", "kv_up.weight", "up.weight", "gate_up.weight", "router.weight", "transform.linear.weight", "lift_tokens.weight", "lift_sum.weight"), matrices),
+            Rule(tuple(f"{n}.weight" for n in MATRICES), matrices),
             Rule(("embed.weight", "embed.types", "position.table"), embeddings),
             Rule(("readout.matrix", "readout.linear.weight"), readout),
         )

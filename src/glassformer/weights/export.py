@@ -27,7 +27,7 @@ from glassformer.core import files
 from glassformer.core.errors import WeightsError
 from glassformer.core.fields import typed
 
-from . import assign, sentence
+from . import assign, own, sentence
 from .config import HARMLESS
 from .family import family_for, says
 from .source import INDEX
@@ -60,6 +60,7 @@ def export_hf(
     if (path / "model.json").exists():
         raise WeightsError(f"{path} holds a model in glassformer's own format, which would be lost: choose another folder.")
     spec = sentence.bare(model.spec)
+    own.check_plain(model)
     family, values = family_for(spec, given.get("model_type"))
     values = {k: v for k, v in given.items() if k in HARMLESS and k not in ("torch_dtype", "dtype", "transformers_version")} | values
     if given.get("model_type") == values["model_type"] and given.get("architectures"):

@@ -25,9 +25,8 @@ from torch import Tensor
 from glassformer.core import files
 from glassformer.core.errors import WeightsError, did_you_mean
 from glassformer.core.fields import typed
-from glassformer.parts.packed import Packed
 
-from . import assign
+from . import assign, own
 from .config import HARMLESS
 from .families import gguf_fields, gguf_names
 from .family import Family, family_for, in_full, says
@@ -60,8 +59,7 @@ def export_gguf(
         raise WeightsError(f"A GGUF file is written in {', '.join(WRITTEN)}, but {type!r} was asked for.{did_you_mean(type, WRITTEN)}")
     if getattr(model, "spec", None) is None:
         raise WeightsError("A model that was built from a Spec can be exported, but something else was given.")
-    if any(isinstance(m, Packed) for m in model.modules()):
-        raise WeightsError("The model holds packed matrices, which would be quantised twice: load it without packed=True, or call unpack(model) first.")
+    own.check_plain(model)
     path, given = Path(file), dict(settings or {})
     family, fields = family_for(model.spec, given.get("model_type"))
     fields = {"max_position_embeddings": CONTEXT} | {k: v for k, v in given.items() if k in HARMLESS} | fields

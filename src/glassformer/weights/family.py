@@ -118,7 +118,8 @@ def family_of(values: Mapping[str, Any], file: Any) -> Family:
     if kind is None:
         raise WeightsError(f"{file} names no model_type, so the family of the model is unknown. Known: {', '.join(sorted(known))}.")
     raise WeightsError(
-        f"{file}: the model type {str(kind)[:60]!r} is not supported.{did_you_mean(str(kind)[:60], known)} Known: {', '.join(sorted(known))}. {_nearest(values, known)}"
+        f"{file}: the model type {str(kind)[:60]!r} is not supported.{did_you_mean(str(kind)[:60], known)} Known: {', '.join(sorted(known))}. "
+        f"{_nearest(values, known)}"
     )
 
 

@@ -28,6 +28,7 @@ from glassformer.core.fields import described, typed
 from glassformer.core.numerics import device_named, dtype_named
 from glassformer.core.spec import Spec
 from glassformer.models import EncoderDecoder, Transformer
+from glassformer.parts.packed import Packed
 
 if TYPE_CHECKING:
     from glassformer.text import Tokenizer
@@ -80,6 +81,7 @@ def save(model: Any, folder: str | os.PathLike[str], tokenizer: Tokenizer | None
     size = getattr(model.spec, "vocab_size", None)
     if tokenizer is not None and size is not None and getattr(tokenizer, "vocab_size", 0) > size:
         raise WeightsError(f"The tokenizer has {tokenizer.vocab_size} tokens, but the model's vocabulary has {size}: it is another model's.")
+    check_plain(model)
     staging: Path | None = None
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -201,6 +203,14 @@ def _fill(model: Any, file: Path, device: torch.device, dtype: torch.dtype | Non
         raise WeightsError(f"{file} is missing: the folder holds a description but no parameters.") from error
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{file} is damaged or cut short ({error}): copy it again, or go back to an earlier checkpoint.") from error
+
+
+def check_plain(model: Any) -> None:
+    """Raise :class:`WeightsError` if matrices of ``model`` are held in blocks of few bits, which no writer here can say."""
+    if any(isinstance(m, Packed) for m in model.modules()):
+        raise WeightsError("The model holds packed matrices, which cannot be written as they are: load it without packed=True, or call unpack(model) first.")
+    if any(hasattr(x, "tensor_data_names") for x in model.parameters()):
+        raise WeightsError("The model's matrices were quantised by torchao, which cannot be written: save the model before quantise(), or load it without.")
 
 
 def assign(model: Any, name: str, x: torch.Tensor) -> None:

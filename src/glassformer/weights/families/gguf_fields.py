@@ -112,7 +112,7 @@ def metadata(fields: Fields) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     if "rope_parameters" in fields:
         more, tensors = rope_metadata(fields)
         made |= more
-    return arch.name, {f"{arch.name}.{k}": v for k, v in made.items() if v is not None}, tensors
+    return arch.name, {k if k.startswith("tokenizer.") else f"{arch.name}.{k}": v for k, v in made.items() if v is not None}, tensors
 
 
 def architecture_of(kinds: tuple[str, ...]) -> Architecture:
@@ -370,6 +370,10 @@ def _bert(said: Said) -> Fields:
     return made | {"type_vocab_size": said.rows("token_types.weight"), "max_position_embeddings": said.rows("position_embd.weight")}
 
 
+def _bert_back(fields: Fields) -> dict[str, Any]:
+    return {"attention.causal": False, "tokenizer.ggml.token_type_count": fields["type_vocab_size"]}
+
+
 def _t5(said: Said) -> Fields:
     gated = said.has("enc.blk.0.ffn_gate.weight")
     return {
@@ -380,6 +384,11 @@ def _t5(said: Said) -> Fields:
         "tie_word_embeddings": not said.has("output.weight"),
         "is_encoder_decoder": True,
     }
+
+
+def _t5_back(fields: Fields) -> dict[str, Any]:
+    made = {"context_length": fields.get("max_position_embeddings"), "attention.value_length": fields["d_kv"], "attention.head_count_kv": fields["num_heads"]}
+    return made | {"attention.layer_norm_epsilon": fields["layer_norm_epsilon"]}
 
 
 _TABLE_T5 = (
@@ -447,8 +456,8 @@ _ALL = (
         _sizes,
     ),
     Architecture("deepseek2", ("deepseek_v2", "deepseek_v3"), _TABLE_DEEPSEEK, _deepseek, _deepseek_back),
-    Architecture("bert", ("bert",), (*LAYERS, *HEADS, ("layer_norm_eps", "attention.layer_norm_epsilon")), _bert, lambda fields: {"attention.causal": False}),
-    Architecture("t5", ("t5",), _TABLE_T5, _t5),
+    Architecture("bert", ("bert",), (*LAYERS, *HEADS, ("layer_norm_eps", "attention.layer_norm_epsilon")), _bert, _bert_back),
+    Architecture("t5", ("t5",), _TABLE_T5, _t5, _t5_back),
 )
 ARCHITECTURES: dict[str, Architecture] = {a.name: a for a in _ALL}
 """Every architecture that is read and written, by GGUF's name."""
