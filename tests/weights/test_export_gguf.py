@@ -121,8 +121,8 @@ def test_a_type_without_an_architecture_is_refused(tmp_path: Path) -> None:
 QUIET: list[Any] = []
 
 
-def llama_cpp_logits(file: Path, tokens: list[int]) -> torch.Tensor:
-    """Logits of every position by llama.cpp, with a cache in float32 and the plain attention."""
+def llama_cpp_logits(file: Path, tokens: list[int], source: list[int] | None = None, states: bool = False) -> torch.Tensor:
+    """Logits (or ``states``) of every position by llama.cpp, with a cache in float32 and the plain attention; ``source``: what an encoder reads first."""
     cpp = pytest.importorskip("llama_cpp")
     if not QUIET:  # kept for as long as the process runs: the library goes on calling it
         QUIET.append(cpp.llama_log_callback(lambda level, text, data: None))
@@ -137,17 +137,25 @@ def llama_cpp_logits(file: Path, tokens: list[int]) -> torch.Tensor:
     options.n_ctx = options.n_batch = options.n_ubatch = 64
     options.type_k = options.type_v = options.flash_attn_type = 0
     options.n_threads = options.n_threads_batch = 1
+    options.embeddings, options.pooling_type = states, 0
     context = cpp.llama_init_from_model(model, options)
-    batch = cpp.llama_batch_init(len(tokens), 0, 1)
-    batch.n_tokens = len(tokens)
-    for i, token in enumerate(tokens):
-        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, i, 1, 0, 1
-    assert cpp.llama_decode(context, batch) == 0
-    logits = np.ctypeslib.as_array(cpp.llama_get_logits(context), shape=(len(tokens) * V,)).copy()
-    cpp.llama_batch_free(batch)
+
+    def batch_of(row: list[int]) -> Any:
+        batch = cpp.llama_batch_init(len(row), 0, 1)
+        batch.n_tokens = len(row)
+        for i, token in enumerate(row):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, i, 1, 0, 1
+        return batch
+
+    if source is not None:
+        assert cpp.llama_encode(context, batch_of(source)) == 0
+    assert (cpp.llama_encode if states else cpp.llama_decode)(context, batch_of(tokens)) == 0
+    made = cpp.llama_get_embeddings(context) if states else cpp.llama_get_logits(context)
+    width = cpp.llama_model_n_embd(model) if states else V
+    numbers = np.ctypeslib.as_array(made, shape=(len(tokens) * width,)).copy()
     cpp.llama_free(context)
     cpp.llama_model_free(model)
-    return torch.from_numpy(logits).view(len(tokens), V)
+    return torch.from_numpy(numbers).view(len(tokens), width)
 
 
 # Float32 sums in another order: a few units of the last bit of logits of about 2.
@@ -157,7 +165,7 @@ BY_TABLE = 3e-3
 # llama.cpp rounds the two ends of YaRN's blend to whole frequencies; GPT-OSS was trained without (its config says truncate: false).
 ROUNDED_BLEND = 5e-3
 TOLERANCES = {"gemma": BY_TABLE, "gemma2": BY_TABLE, "gemma3": BY_TABLE, "gpt2": BY_TABLE, "gpt_neox": BY_TABLE, "gpt_oss-yarn": ROUNDED_BLEND}
-OTHERWISE = ("bert", "t5", "mistral")  # no logits of a decoder; a window that llama.cpp leaves out
+OTHERWISE = ("bert", "t5", "mistral")  # no logits of a decoder (below); a window that llama.cpp leaves out
 
 
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n not in OTHERWISE])
@@ -168,6 +176,25 @@ def test_llama_cpp_computes_the_same_logits(name: str, tmp_path: Path) -> None:
     model, _ = weights.open(file).load()
     with torch.no_grad():
         torch.testing.assert_close(model(x)[0], llama_cpp_logits(file, x[0].tolist()), rtol=0, atol=TOLERANCES.get(name, EXACT))
+
+
+def test_llama_cpp_computes_the_same_states(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    model, file = written("bert", tmp_path)
+    x = torch.randint(0, V, (1, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x)[0], llama_cpp_logits(file, x[0].tolist(), states=True), rtol=0, atol=BY_TABLE)
+
+
+def test_llama_cpp_computes_the_same_from_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llama_cpp")
+    # As many layers in both halves, and a read-out of its own: llama.cpp knows no others (it leaves out the scale of a tied one).
+    monkeypatch.setitem(CONFIGS, "t5", CONFIGS["t5"] | {"num_decoder_layers": 2, "tie_word_embeddings": False})
+    model, file = written("t5", tmp_path)
+    x = torch.randint(0, V, (2, 17), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = model(x[:1], x[1:, :7])[0]
+    torch.testing.assert_close(ours, llama_cpp_logits(file, x[1, :7].tolist(), source=x[0].tolist()), rtol=0, atol=BY_TABLE)
 
 
 # llama.cpp multiplies F16 matrices by activations rounded to F16, quantised ones by activations in 8 bits: ours are the exact products.

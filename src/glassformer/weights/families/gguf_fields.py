@@ -375,6 +375,7 @@ def _bert_back(fields: Fields) -> dict[str, Any]:
 
 
 def _t5(said: Said) -> Fields:
+    """T5 and Flan-T5. (llama.cpp runs those with a read-out of their own: it leaves out the scale that a tied one has.)"""
     gated = said.has("enc.blk.0.ffn_gate.weight")
     return {
         "model_type": "t5",
