@@ -79,7 +79,7 @@ DATA = TokenData.from_ids(list(range(11)) * 9)
         (lambda: gf.Decoder(11, 8, [MODEL.blocks[0]]), "blocks is a tuple of Block, as in (Block(...),) * 4, but a list was given."),
         (lambda: gf.Decoder(11, 8, (gf.Block,)), "blocks is a tuple of Block, as in (Block(...),) * 4, but item 0 is the class Block."),
         (lambda: MODEL.replace(final_norm=gf.LayerNorm), "final_norm is a Norm, but the class LayerNorm itself was given: write LayerNorm(...)."),
-        (lambda: MODEL.replace(final_norm="rms"), "final_norm is a Norm, but a text was given. Known: DynamicTanh, LayerNorm, NoNorm, RMSNorm."),
+        (lambda: MODEL.replace(final_norm="rms"), "final_norm is a Norm, but a text was given. Known: DynamicTanh, Joint, LayerNorm, NoNorm, RMSNorm."),
         (lambda: gf.Attention(2, mask=512), "Attention(mask=512): mask is a Mask, but a whole number was given."),
         (lambda: gf.Attention(n_head=4), "Attention has no field 'n_head'. Did you mean 'n_heads'"),
         (lambda: Window("8"), "Window(size='8'): the size is a whole number of places."),
@@ -150,7 +150,7 @@ DATA = TokenData.from_ids(list(range(11)) * 9)
         (lambda: next(iter(gf.Trainer(BUILT, gf.NextToken(), DATA, steps=1, batch=1, context=4))).every(0), "step.every(n) counts steps"),
         (lambda: gf.RMSNorm(1e-5, eps=1e-6), "RMSNorm was given eps twice: 1e-05 by its place and 1e-06 by its name."),
         (lambda: train("bpe", texts="abc"), "train(texts='abc'): texts is a sequence of texts or None, but a text was given."),
-        (lambda: gf.load(3), "load(folder=3): folder is a text or a path, but a whole number was given."),
+        (lambda: gf.load(3), "load(path=3): path is a text or a path, but a whole number was given."),
         (lambda: gf.preset("t5-small").build(device="meta")(TOKENS), "but only the source was given: a target begins with the token 0 (spec.start)"),
     ],
 )
@@ -198,4 +198,4 @@ def test_values_of_the_right_type_pass_as_they_are():
     assert gf.Suppress({1}) == gf.Suppress(range(1, 2)) and len(TokenData.from_ids(torch.arange(3))) == 3
     assert torch.equal(BUILT(TOKENS, lengths=np.array([3]), positions=torch.arange(3)), BUILT(TOKENS, lengths=[3]))
     assert gf.LogitBias({3: -1.0}) == gf.LogitBias(((3, -1.0),)) and gf.Suppress([1]) == gf.Suppress((1,))
-    assert fields.fits(Path("x"), fields.hints(gf.load)["folder"])
+    assert fields.fits(Path("x"), fields.hints(gf.load)["path"])

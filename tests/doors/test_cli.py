@@ -181,7 +181,7 @@ def test_params_and_dimensions_of_presets_and_runs(run, trained: Path) -> None:
 MISTAKES = {
     "an unknown command": (["tran"], r"No such command 'tran'.*See 'glassformer --help'"),
     "an unknown option": (["train", "shakespeare_quick", "--step", "3"], r"No such option: --step.*See 'glassformer train --help'"),
-    "a missing argument": (["generate"], r"Missing argument 'DIR'.*See 'glassformer generate --help'"),
+    "a missing argument": (["generate"], r"Missing argument 'MODEL'.*See 'glassformer generate --help'"),
     "a word for a number": (["train", "shakespeare_quick", "--steps", "many"], r"'--steps'.*See 'glassformer train --help'"),
     "an unknown recipe": (["train", "shakespear_quick"], r"No recipe is named 'shakespear_quick'\. Did you mean 'shakespeare_quick'"),
     "a recipe file that is not there": (["train", "mine.yaml"], r"There is no recipe file 'mine.yaml'\. Check the path"),
@@ -198,7 +198,7 @@ MISTAKES = {
     "windows of nothing": (["evaluate", "nowhere", "--data", "tinyshakespeare", "--context", "0"], r"--context.*See 'glassformer evaluate --help'"),
     "text that is not there": (["train", "shakespeare_quick", "--data", "nowhere.txt"], r"There is no file or folder 'nowhere.txt'.*tinyshakespeare"),
     "a device that is not there": (["train", "shakespeare_quick", "--device", "tpu"], r"There is no device 'tpu' here\. There is: .*cpu"),
-    "a run that is not there": (["generate", "nowhere", "Hi"], r"There is no folder 'nowhere'.*glassformer train shakespeare_quick --out nowhere"),
+    "a run that is not there": (["generate", "nowhere", "Hi"], r"There is no model at 'nowhere'.*glassformer train shakespeare_quick --out nowhere"),
     "a preset for a run": (["generate", "gpt2", "Hi"], r"A preset has no trained weights: train one first"),
     "an unknown preset": (["params", "gtp2"], r"'gtp2' is neither a folder with a model nor a preset\. Did you mean 'gpt2'"),
 }
@@ -271,7 +271,7 @@ def test_a_model_without_its_tokenizer_says_what_is_missing(run, trained: Path, 
     for command in (["generate", "bare", "A"], ["look", "A", "--model", "bare"], ["evaluate", "bare", "--data", "tinyshakespeare"]):
         ended = run(*command)
         assert ended.code == 2
-        assert "bare has no tokenizer.json, so text means nothing to its model: put the one that it was trained with beside model.json." in ended.err
+        assert "bare has no tokenizer.json, so text means nothing to its model: put the one that it was trained with into that folder." in ended.err
 
 
 def test_a_character_that_the_model_does_not_know_says_what_to_do(run, trained: Path) -> None:

@@ -44,7 +44,7 @@ def test_patterns_and_output_are_the_recorded_ones_for_every_architecture(name: 
     if inside.lens is not None:
         np.testing.assert_allclose(inside.lens.p[-1], logits[0].softmax(-1).topk(5).values.numpy(), rtol=1e-5)
         np.testing.assert_array_equal(inside.lens.ids[-1], logits[0].topk(5).indices.numpy())
-    assert (inside.lens is None) == (name in {"tagger", "classifier", "classifier-last", "vector"})
+    assert (inside.lens is None) == (name in {"tagger", "discriminator", "classifier", "classifier-last", "vector"})
     assert inside.card.kind == ("encoder" if name in ENCODERS else "decoder")
     assert inside.causal == (name in DECODERS or name == "causal-encoder")
 
