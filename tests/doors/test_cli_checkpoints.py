@@ -92,10 +92,14 @@ def test_params_and_dimensions_read_no_tensors(run, folder, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
+        (("convert", "{folder}", "{folder}"), "exists already, and what is in it would be lost: choose another TARGET, or add --force."),
+        (("convert", "{folder}", "x", "--type", "Q8_0"), "--type is of .gguf files"),
+        (("convert", "{folder}", "x.gguf", "--dtype", "bf16"), "A .gguf file's numbers are chosen by --type"),
         (("convert", "{folder}", "x", "--to", "onnx"), "--to onnx is no format that is known here: it is one of hf, gguf, own."),
         (("convert", "nowhere", "x"), "There is no model at 'nowhere'"),
+        (("generate", "nowhere", "x"), "There is no model at 'nowhere'"),
         (("convert", "gpt2", "x"), "A preset has no trained weights"),
-        (("inspect", "nowhere"), "There is nothing at nowhere"),
+        (("inspect", "nowhere"), "There is nothing at 'nowhere'"),
         (("generate", "{folder}", "a", "--quantise", "int3"), "int3"),
         (("generate", "{folder}", "a", "--packed"), "packed"),
     ],
@@ -103,3 +107,20 @@ def test_params_and_dimensions_read_no_tensors(run, folder, tmp_path) -> None:
 def test_mistakes_are_one_sentence(run, folder, args, said) -> None:
     code, out, err = run(*(a.format(folder=folder) for a in args))
     assert code == 2 and out == "" and said in err and "Traceback" not in err
+
+
+def test_convert_keeps_the_type_that_is_stored(run, folder, tmp_path) -> None:
+    model, _ = weights.open(folder).load(dtype="fp16")
+    weights.export_hf(model, tmp_path / "half")
+    assert run("convert", tmp_path / "half", tmp_path / "again")[0] == 0
+    assert {s.type for s in weights.open(tmp_path / "again").tensors.values()} == {"F16"}
+    assert run("convert", folder, tmp_path / "again", "--force")[0] == 0
+    assert {s.type for s in weights.open(tmp_path / "again").tensors.values()} == {"F32"}
+
+
+def test_generate_goes_by_the_checkpoint_s_settings_where_nothing_else_is_said() -> None:
+    from glassformer.cli.generate import _settings
+
+    assert _settings({}, None, None, None, None, None) == {"temperature": 0.8, "top_k": 40}
+    assert _settings({"temperature": 0.6, "top_p": 0.9, "eos_token_id": 3}, None, 7, None, None, None) == {"temperature": 0.6, "top_k": 7, "top_p": 0.9}
+    assert _settings({"do_sample": False, "temperature": 0.6}, None, None, None, None, None)["temperature"] == 0.0

@@ -403,3 +403,21 @@ def test_plain_data_without_a_type_means_the_usual_attention():
 def test_what_cannot_be_is_said(make, said):
     with pytest.raises(SpecError, match=said):
         make()
+
+
+def test_a_wide_router_chooses_in_bfloat16_as_in_float32():
+    """Where the product is rounded, some tokens go elsewhere; where it is not, the model's type changes no choice."""
+    x = torch.randn(1, 300, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def choices(wide: bool, dtype: torch.dtype) -> Tensor:
+        layer = Experts(64, 4, Gated(8), routing=SoftmaxRouting(wide=wide)).build(64)
+        g = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for y in layer.parameters():
+                y.copy_((torch.randn(y.shape, generator=g) / 8).bfloat16())
+            layer = layer.to(dtype)
+            return layer.routing.choose(layer.routing(layer.logits(x.to(dtype))), 4).sort(-1).values
+
+    exact = choices(False, torch.float32)
+    assert torch.equal(choices(True, torch.bfloat16), exact) and torch.equal(choices(True, torch.float32), exact)
+    assert not torch.equal(choices(False, torch.bfloat16), exact)

@@ -250,3 +250,12 @@ def test_a_text_in_the_wrong_normal_form_still_comes_back() -> None:
     for form in ("NFC", "NFD", "NFKD"):
         text = unicodedata.normalize(form, MIXED)
         assert trained("bpe").decode(trained("bpe").encode(text)) == text
+
+
+def test_a_prompt_has_around_it_what_the_file_prescribes():
+    from tokenizers import Tokenizer as Library, models, processors
+
+    library = Library(models.WordLevel({"<s>": 0, "a": 1, "</s>": 2, "<unk>": 3}, unk_token="<unk>"))
+    plain = Tokenizer(library)
+    library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    assert Tokenizer(library).prompt("a") == [0, 1] and Tokenizer(library).encode("a") == [1] and plain.prompt("a") == [1]

@@ -139,6 +139,7 @@ def test_the_reader_itself():
     assert c.only("a", 3, 4) == 3 and c.only("c", "x") == "x" and c.only("c", "x", "y", default="y") == "y"
     with pytest.raises(WeightsError, match="the file: a is 3, but only 4 or 5 is supported: this model computes something that would be left out"):
         c.only("a", 4, 5)
+    assert c.flag("c", True) is True and c.flag("b", False) is False
     for key in ("n", "t"):
         with pytest.raises(WeightsError, match=rf"the file: {key} is .*, but a finite number is needed"):
             c.number(key)
@@ -153,6 +154,24 @@ def test_the_reader_itself():
     c.finish()
     c.defaults(a=9, z=10)
     assert c("a") == 3 and c("z") == 10
+
+
+@pytest.mark.parametrize(("value", "said"), [(True, True), (False, False), (1, True), (0, False)])
+def test_a_switch_is_true_or_false(value, said):
+    assert Config({"a": value}).flag("a") is said
+
+
+SWITCHES = [("llama", "attention_bias"), ("llama", "mlp_bias"), ("llama", "tie_word_embeddings"), ("gpt2", "tie_word_embeddings")]
+
+
+@pytest.mark.parametrize("value", ["false", "true", 2, 1.0, [], {"a": 1}], ids=repr)
+@pytest.mark.parametrize(("kind", "key"), SWITCHES)
+def test_a_text_is_no_switch(kind, key, value):
+    """``"false"`` is true where it is only asked whether there is something."""
+    usual = {"n_embd": 8, "n_head": 2, "n_layer": 1}
+    with pytest.raises(WeightsError, match=rf"config\.json: {key} is .*, but true or false is needed") as caught:
+        families()[kind].read(CONFIG | usual | {"model_type": kind, key: value})
+    assert f"{key} is {value!r}" in str(caught.value)
 
 
 # Families

@@ -178,6 +178,7 @@ def test_deep_json(depth, where, whole):
     if where in text:
         (whole / "model.safetensors").write_bytes(len(text[where]).to_bytes(8, "little") + text[where] + bytes(4))
     elif where == "index":
+        (whole / "model.safetensors").unlink()  # an index beside one whole file is not asked
         (whole / "model.safetensors.index.json").write_bytes(b'{"weight_map": ' + deep + b"}")
     else:
         (whole / "config.json").write_bytes(b'{"model_type": "llama", "hidden_size": ' + deep + b"}")

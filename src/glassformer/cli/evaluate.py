@@ -10,7 +10,7 @@ import typer
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="The folder of a trained model.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A trained model: its folder (ours, or from the hub), a .gguf file, or hf://owner/name.")],
     data: Annotated[list[str], typer.Option("--data", metavar="FILE_OR_FOLDER", help="The text to predict. Repeatable.")],
     context: Annotated[
         int, typer.Option("--context", min=1, help="Tokens in a window; what remains at the end of the text and does not fill one is left out.")
@@ -18,6 +18,10 @@ def evaluate(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Windows at a time.")] = 16,
     windows: Annotated[int | None, typer.Option("--windows", min=1, help="At most so many windows, at even distances; by default all.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16, ...; by default the file's (float16 becomes float32 on a CPU).")
+    ] = None,
+    packed: Annotated[bool, typer.Option("--packed", help="Keep the quantised matrices of a .gguf file packed in memory.")] = False,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps; by default the best there is.")] = None,
 ) -> None:
     """Loss, perplexity and bits per byte of a model on a text, with standard errors."""
@@ -28,7 +32,7 @@ def evaluate(
     from ..train.texts import read_texts
     from .models import open_model, tokenizer_of
 
-    loaded = open_model(model, device)
+    loaded = open_model(model, device, dtype, packed)
     NextToken().check(loaded.model)
     tokens = TokenData.from_text(read_texts([find_text(name) for name in data]), tokenizer_of(loaded, model))
     found = measure(loaded.model, NextToken(), tokens, batch=batch, context=context, most=windows)

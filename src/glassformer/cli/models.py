@@ -33,9 +33,12 @@ def open_model(name: str, device: str | None = None, dtype: str | None = None, p
     """The saved model at ``name``, ready to run. Raises :class:`WeightsError` with the remedy for anything else."""
     if not is_checkpoint(name):
         remedy = "A preset has no trained weights: train one first" if name in presets.names() else "Train one first"
-        raise WeightsError(f"There is no model at {name!r}. {remedy}: glassformer train shakespeare_quick --out {name}.")
+        raise WeightsError(
+            f"There is no model at {name!r}. {remedy}: glassformer train shakespeare_quick --out {name}; or give a folder from the hub, a .gguf file, or "
+            "hf://owner/name."
+        )
     loaded = _load(name, pick_device(device), dtype, packed, quantise)
-    if is_own(name) and (path := own.find(Path(name))) != Path(name):
+    if loaded.report is None and (path := own.find(Path(name))) != Path(name):
         untrained = ", which has learnt nothing yet" if loaded.extra.get("step") == 0 else ""
         print(f"note: the run in {name} is not finished; this is its checkpoint {path.name}{untrained}", file=sys.stderr)
     return loaded
@@ -43,13 +46,7 @@ def open_model(name: str, device: str | None = None, dtype: str | None = None, p
 
 def is_checkpoint(name: str) -> bool:
     """Whether something lies there that may be a model, rather than the name of a preset."""
-    return name.startswith("hf://") or Path(name).exists()
-
-
-def is_own(name: str) -> bool:
-    """Whether it is a folder in glassformer's own format (or meant to be one)."""
-    folder = Path(name)
-    return folder.is_dir() and not (folder / "config.json").exists() and not any(folder.glob("*.gguf"))
+    return name.startswith("hf://") or Path(name).expanduser().exists()
 
 
 def _load(name: str, device: str = "cpu", dtype: str | None = None, packed: bool = False, quantise: str | None = None) -> own.Loaded:
@@ -75,10 +72,10 @@ def open_shape(name: str, sets: Iterable[str] = ()) -> Shape:
     if is_checkpoint(name):
         if list(sets):
             raise RecipeError(f"{name!r} is a saved model, whose sizes are fixed; --set changes presets only. Leave --set out, or name a preset.")
-        if is_own(name):
+        found = opened.open(name)
+        if found.family is None:
             loaded = _load(name)
             return Shape(loaded.model, loaded.tokenizer)
-        found = opened.open(name)
         return Shape(found.spec.build(device="meta"), found.tokenizer)
     known = presets.names()
     if name not in known:

@@ -16,7 +16,9 @@ def verify(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder in the Hugging Face format, or hf://owner/name.")],
     text: Annotated[str | None, typer.Option("--text", "-t", help="What to run; by default fixed random tokens.")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="The type that both compute in.")] = "float32",
-    tolerance: Annotated[float, typer.Option("--tolerance", help="The largest error of a site, relative to its largest number.")] = 1e-4,
+    tolerance: Annotated[
+        float | None, typer.Option("--tolerance", help="The largest error of a site, relative to its largest number; by default 1e-4 (5e-2 in bfloat16).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
     """Compare a model with the transformers library: every site that both have. Exit code 1 if they differ."""

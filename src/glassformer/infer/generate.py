@@ -297,18 +297,12 @@ def _read_prompt(row: Any, i: int, tokenizer: Any) -> list[int]:
     if isinstance(row, str):
         if tokenizer is None:
             raise InputError(f"Prompt {i} is a text ({row[:40]!r}), and without a tokenizer it cannot be read: give tokenizer=…, or ids.")
-        row = _read_text(tokenizer, row) or _beginning(tokenizer)
+        row = getattr(tokenizer, "prompt", tokenizer.encode)(row) or _beginning(tokenizer)  # with what a text is to begin with
     if not isinstance(row, (list, tuple)) or not all(isinstance(t, int) for t in row):
         raise InputError(f"Prompt {i} is neither a text nor a list of ids: {row!r}.")
     if not row:
         raise InputError(f"Prompt {i} is empty, and the tokenizer has no beginning-of-text token to start from: give at least one token.")
     return list(row)
-
-
-def _read_text(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a prompt, with what the tokenizer's file puts around a text (Llama's beginning of text, the end of a source)."""
-    ids: list[int] = tokenizer.encode(text, add_special=True) if hasattr(tokenizer, "vocabulary_hash") else tokenizer.encode(text)
-    return ids
 
 
 def _beginning(tokenizer: Any) -> list[int]:

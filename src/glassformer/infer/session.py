@@ -163,7 +163,9 @@ class Session:
             raise InputError(f"{self.drawn} tokens were drawn, so {k} cannot be forgotten: a session is wound back to its prompt at most.")
         if k == 0:
             return
-        if self.cache is not None:
+        if self.cache is not None and any(n - k <= b < n for n in self.lengths for b in self._boundaries):
+            self.cache, self._begun = self.model.cache(batch=len(self.lengths), capacity=self._ids.shape[1]), False  # its keys fit longer rows only
+        elif self.cache is not None:
             self.cache.rewind(k)
         self.state.rewind(k)
         self._ids[:, self._width - k :] = -1

@@ -156,8 +156,12 @@ def gather(model: Any, tokenizer: Any, text: str, *, name: str | None = None, to
 
 
 def _tokens(tokenizer: Any, text: str, most: int, *, around: bool) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Ids and display forms; ``around`` adds what the tokenizer puts around a text ([CLS], [SEP]), which encoders are trained with."""
-    ids = tuple(int(i) for i in tokenizer.encode(text, add_special=around))
+    """Ids and display forms, with what the model was trained to see around a text: [CLS] and [SEP], a beginning.
+
+    ``around`` asks a tokenizer that has no ``prompt`` for it.
+    """
+    made = tokenizer.prompt(text) if hasattr(tokenizer, "prompt") else tokenizer.encode(text, add_special=around)
+    ids = tuple(int(i) for i in made)
     if not ids:
         raise InputError(f"The text {text!r} has 0 tokens, but a page needs at least 1: give some text.")
     if len(ids) > most:

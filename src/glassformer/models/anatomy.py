@@ -9,8 +9,9 @@ model.bytes()                       memory of weights, and of the cache per toke
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +102,9 @@ class Anatomy:
     named_modules: Callable[..., Any]
     modules: Callable[..., Any]
 
+    origin: Mapping[str, Any] = MappingProxyType({})
+    """What the checkpoint that the model was opened from says besides Spec and tensors (``config``, ``generation``), so that it travels along."""
+
     def params(self) -> Params:
         """A table of parameters by layer and part that adds up to the exact total."""
         rows = [ParamRow(name, " x ".join(map(str, x.shape)), x.numel()) for name, x in self.named_parameters()]
@@ -143,7 +147,7 @@ class Anatomy:
         if isinstance(text, int):
             n, said = text, f"{text} tokens"
         elif isinstance(text, str):
-            n = len(tokenizer.encode(text)) if tokenizer is not None else len(text.encode())
+            n = len(getattr(tokenizer, "prompt", tokenizer.encode)(text)) if tokenizer is not None else len(text.encode())
             said = f"{text!r}: {n} {'tokens' if tokenizer is not None else 'bytes, one token each (give a tokenizer for its own pieces)'}"
         else:
             n, said = len(text), f"{len(text)} tokens"

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from glassformer.core import sites
 from glassformer.core.errors import SpecError
@@ -70,7 +71,7 @@ class ExpertsLayer(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t d"], p: Pass) -> Float[Tensor, "b t d"]:
         x = p.see(sites.EXPERTS_IN, x)
-        scores = p.see(sites.ROUTER, self.routing(wide(self.router(x))))
+        scores = p.see(sites.ROUTER, self.routing(self.logits(x)))
         chosen = p.see(sites.CHOSEN, self.routing.choose(scores, self.spec.top_k))
         weights = scores.gather(-1, chosen)
         if self.spec.normalise:
@@ -83,6 +84,14 @@ class ExpertsLayer(nn.Module):
         if self.shared is not None:
             out = out + self.shared(x, p.at("shared"))
         return p.see(sites.EXPERTS_OUT, out)
+
+    def logits(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t e"]:
+        """How well each expert suits each token, in float32."""
+        if not self.spec.routing.wide:
+            return wide(self.router(x))
+        bias = None if self.router.bias is None else wide(self.router.bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(wide(x), wide(self.router.weight), bias)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def route(self, x: Tensor, chosen: Tensor, weights: Tensor, p: Pass) -> Tensor:

@@ -87,6 +87,7 @@ class LatentAttentionLayer(_Attention):
     """
 
     NORMS = (("q_norm", "b t"), ("kv_norm", "b s"))
+    MATRICES = ("kv_up",)  # with a cache each token takes these apart as matrices: held in few bits they would be unpacked for every token
 
     def __init__(self, spec: LatentAttention, d: int):
         super().__init__(spec, d)
@@ -123,7 +124,8 @@ class LatentAttentionLayer(_Attention):
         edited = any(p.edits(s) for s in (sites.K, sites.V, sites.K_ROT))
         fresh = self.fresh(latent, rope, tables, p) if alone or p.tap is not None else None
         if not alone and not edited and x.shape[1] == 1:
-            return self.attend(*self.absorbed(q, latents, turned), mask, bias, p, self.lift)
+            up = matrix_of(self.kv_up).view(self.n_heads, self.d_nope + self.d_value, self.rank)
+            return self.attend(*self.absorbed(q, latents, turned, up), mask, bias, p, lambda z: self.lift(z, up))
         if alone and fresh is not None:
             k, v = (y.transpose(1, 2) for y in fresh)
         else:
@@ -165,19 +167,18 @@ class LatentAttentionLayer(_Attention):
 
     # Attention in the latent space
 
-    def absorbed(self, q: Float[Tensor, "b t h k"], latents: Float[Tensor, "b 1 s r"], turned: Float[Tensor, "b 1 s k2"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, one key and one value in the latent space whose scores are those of the expanded ones."""
-        w = self._up()[:, : self.d_nope].to(q.dtype)  # [h k r]
+    def absorbed(
+        self, q: Float[Tensor, "b t h k"], latents: Float[Tensor, "b 1 s r"], turned: Float[Tensor, "b 1 s k2"], up: Float[Tensor, "h kv r"]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, one key and one value in the latent space whose scores are those of the expanded ones; ``up`` is ``kv_up`` by heads."""
+        w = up[:, : self.d_nope].to(q.dtype)  # [h k r]
         inside = (q[..., : self.d_nope].transpose(1, 2) @ w).transpose(1, 2)
         return torch.cat([inside, q[..., self.d_nope :]], -1), torch.cat([latents, turned], -1), latents
 
-    def lift(self, z: Float[Tensor, "b t h r"]) -> Float[Tensor, "b t h k"]:
+    def lift(self, z: Float[Tensor, "b t h r"], up: Float[Tensor, "h kv r"]) -> Float[Tensor, "b t h k"]:
         """A mix of latents as the mix of values that it stands for."""
-        w = self._up()[:, self.d_nope :].to(z.dtype)
+        w = up[:, self.d_nope :].to(z.dtype)
         return (z.transpose(1, 2) @ w.transpose(1, 2)).transpose(1, 2)
-
-    def _up(self) -> Tensor:
-        return matrix_of(self.kv_up).view(self.n_heads, self.d_nope + self.d_value, self.rank)
 
 
 def _heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:

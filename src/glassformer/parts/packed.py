@@ -209,7 +209,9 @@ def packable(model: Any, path: str) -> bool:
     owner, _, leaf = path.rpartition(".")
     module = model.get_submodule(owner)
     if type(module) is nn.Linear:
-        return leaf == "weight"
+        above, _, name = owner.rpartition(".")
+        used_whole = getattr(type(model.get_submodule(above)), "MATRICES", ())  # taken apart as matrices for every token: unpacked once is faster
+        return leaf == "weight" and name not in used_whole
     alone = not getattr(getattr(model, "spec", None), "shared", False)  # a table of both halves of an encoder-decoder stays dense
     return alone and ((type(module) is EmbeddingLayer and leaf == "weight") or (type(module) is LanguageModelLayer and leaf == "matrix"))
 

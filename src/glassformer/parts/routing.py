@@ -80,11 +80,16 @@ class Groups(Grouping):
 
 
 class Routing(Spec):
-    """How logits become a choice. ``bias``: the router's logits have a learned bias. ``scale``: a factor on the weights of the chosen."""
+    """How logits become a choice. ``bias``: the router's logits have a learned bias. ``scale``: a factor on the weights of the chosen.
+
+    ``wide``: the router's product is computed in float32 whatever the model's type is: close logits that bfloat16 rounds together choose
+    other experts (DeepSeek-V3, arXiv 2412.19437).
+    """
 
     bias: bool = False
     groups: Grouping = Ungrouped()
     scale: float = 1.0
+    wide: bool = False
 
     def build(self, n_experts: int) -> RoutingLayer:
         """The module for ``n_experts`` experts."""
@@ -98,6 +103,7 @@ class SoftmaxRouting(Routing):
     bias: bool = False
     groups: Grouping = Ungrouped()
     scale: float = 1.0
+    wide: bool = False
 
     def build(self, n_experts: int) -> RoutingLayer:
         return RoutingLayer(self)
@@ -110,6 +116,7 @@ class SigmoidRouting(Routing):
     bias: bool = False
     groups: Grouping = Ungrouped()
     scale: float = 1.0
+    wide: bool = False
 
     def build(self, n_experts: int) -> RoutingLayer:
         return SigmoidRoutingLayer(self, n_experts)

@@ -6,18 +6,26 @@
 
 A template is a small program that came with a checkpoint, so a stranger wrote it. The sandbox keeps it from the interpreter: no attribute that begins
 with an underscore, no import, no file, nothing of the caller changed, and it sees copies made of strings, numbers, lists and dicts only. It also
-bounds what a template can waste by the obvious means: the steps of all loops together, one ``range``, repetition of strings and lists, powers, padding,
-and the length of the text. It does **not** bound time or memory in general (a string that doubles itself in a loop grows fast), and it cannot tell whether the
-text is what the model's makers meant. Run templates of people you do not trust at all in a process that may be killed.
+bounds what a template can waste:
+
+- the length of one text or list (:data:`LONGEST`), whether it is repeated, added, joined, sliced, replaced, padded, indented, captured or written as JSON;
+- rounds of loops, calls, filters and the length of all that is made, out of one budget (:data:`STEPS`): a macro that calls itself twice ends, and so
+  does a list of large texts;
+- the bits of products and powers (:data:`BITS`), one ``range`` (Jinja's own 100,000), recursion (Python's own).
+
+It does **not** bound what one step costs beyond that (sorting, comparing or searching a text of the largest size again and again can take hours), and a
+rendering within its bounds may hold one or two gigabytes for a moment. It cannot tell whether the text is what the model's makers meant. Run templates
+of people you do not trust at all in a process that may be killed.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
+from contextvars import ContextVar
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import TokenizerError
@@ -26,12 +34,13 @@ if TYPE_CHECKING:
     import jinja2
 
 STEPS = 5_000_000
-"""Rounds that all loops of one rendering may take together: some seconds; real templates take thousands."""
-LONGEST = 100_000_000
-"""Characters of a text, items of a list, bits of a power."""
+"""What one rendering may spend: a round of a loop, a filter and 64 characters of a text cost 1, a call 4. Some seconds; real templates take thousands."""
+LONGEST = 16_000_000
+"""Characters of a text, items of a list."""
+BITS = 10_000
+"""Bits of a product or power."""
 HALF = "\U000f0f0f"
 """Marks where the last message ends while it is being continued: a private character that no text holds."""
-BUDGET = "loop steps"  # a variable of every rendering; no template can say a name with a space
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """The names under which templates and services know what a model thought before it answered; the first is the usual one."""
 
@@ -84,13 +93,14 @@ class ChatTemplate:
             "documents": _mappings("documents", documents, "{'title': …, 'text': …}"),
             "add_generation_prompt": bool(add_generation_prompt),
         }
-        text = self._run({**given, BUDGET: _Steps()})
+        text = self._run(given)
         return _until_mark(text) if continue_final_message else text
 
     def _run(self, given: dict[str, Any]) -> str:
         import jinja2
 
         parts, length = [], 0
+        token = _BUDGET.set(_Steps())
         try:
             for part in self._template.generate(given):
                 length += len(part)
@@ -111,6 +121,8 @@ class ChatTemplate:
             raise TokenizerError(
                 f"the chat template failed with {type(error).__name__}: {str(error)[:300]}. Compare the messages with those it was written for."
             ) from None
+        finally:
+            _BUDGET.reset(token)
         return "".join(parts)
 
 
@@ -139,16 +151,16 @@ def _listed(messages: Any) -> list[Any]:
 
 
 def _message(at: int, message: Any) -> dict[str, Any]:
-    """One message as plain data; entries that are ``None`` are left out, as services send them and templates trip over them."""
+    """One message as plain data. Entries that are ``None`` stay: templates ask whether a content is none."""
     if not isinstance(message, Mapping):
         raise TokenizerError(f"message {at} is {_kind(message)}, not a message: write {{'role': 'user', 'content': 'Hi'}}.")
-    made: dict[str, Any] = {str(key): _plain(value, f"message {at}") for key, value in message.items() if value is not None}
+    made: dict[str, Any] = {str(key): _plain(value, f"message {at}") for key, value in message.items()}
     role = made.get("role")
     if not isinstance(role, str):
-        found = f"its role is {_kind(role)}" if role is not None else f"it has only {', '.join(map(repr, made)) or 'nothing'}"
+        found = f"its role is {_kind(role)}" if "role" in made else f"it has only {', '.join(map(repr, made)) or 'nothing'}"
         raise TokenizerError(f"message {at} has no 'role' that says who speaks ({found}): write 'system', 'user', 'assistant' or 'tool'.")
     content = made.get("content")
-    if content is None and len(made) == 1:
+    if content is None and all(made[key] is None for key in made if key != "role"):
         raise TokenizerError(f"message {at} of the {role} has no 'content': give the text, or '' if it says nothing.")
     if content is not None and not isinstance(content, str):
         if not isinstance(content, list) or not all(isinstance(block, dict) for block in content):
@@ -156,7 +168,7 @@ def _message(at: int, message: Any) -> dict[str, Any]:
         for block in content:
             if not isinstance(block.get("text", ""), str):
                 raise TokenizerError(f"a part of message {at} ({role}) has a 'text' that is {_kind(block['text'])}: give a str.")
-    thought = next((made[name] for name in REASONING if name in made), None)
+    thought = next((made[name] for name in REASONING if made.get(name) is not None), None)
     return made if thought is None else {"thinking": thought, **made, "reasoning_content": thought}
 
 
@@ -216,10 +228,64 @@ class _Steps:
         self.left = STEPS
 
 
+_BUDGET: ContextVar[_Steps] = ContextVar("steps")
+
+
 def _too_much(what: str) -> Exception:
     import jinja2.exceptions
 
     return jinja2.exceptions.SecurityError(what)
+
+
+def _spend(steps: int) -> None:
+    budget = _BUDGET.get(None)
+    if budget is None:  # a constant that the compiler would compute: it is left for the rendering, where it counts
+        from jinja2 import nodes
+
+        raise nodes.Impossible
+    budget.left -= steps
+    if budget.left < 0:
+        raise _too_much(f"its loops, calls and texts take more than {STEPS:,} steps")
+
+
+def _fits(size: int) -> None:
+    if size > LONGEST:
+        raise _too_much(f"it makes a text or list longer than {LONGEST:,}")
+
+
+def _made(value: Any, each: int = 8) -> Any:
+    """``value``, paid for by its length: texts by 64 characters, lists by ``each`` items (8 places in memory, 1 if the items were made as well)."""
+    if isinstance(value, (str, bytes, list, tuple, dict)):
+        _fits(len(value))
+        _spend(len(value) // (64 if isinstance(value, (str, bytes)) else each))
+    return value
+
+
+def _written(value: Any, width: int = 0) -> int:
+    """About how many characters ``value`` has when it is written out, ``width`` more per item and level; an error above :data:`LONGEST`.
+
+    A list may hold another one many times, so that a few dozen steps make one that no memory could hold in writing.
+    """
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    total, todo = 0, [(value, 1)]
+    while todo:
+        one, depth = todo.pop()
+        one = getattr(one, "_Namespace__attrs", one) if not isinstance(one, (str, Mapping)) else one
+        inside: Any = ()
+        if isinstance(one, Mapping):
+            inside = [*one.keys(), *one.values()]
+        elif isinstance(one, (list, tuple, KeysView, ValuesView, ItemsView)):
+            inside = one
+        total += len(one) if isinstance(one, (str, bytes)) else 4 + len(inside) * (2 + width * depth)
+        _fits(total)
+        todo += [(x, depth + 1) for x in inside]
+    _spend(total // 64)
+    return total
+
+
+def _widest(values: Any) -> int:
+    return max((_written(value) for value in values), default=0)
 
 
 @lru_cache(maxsize=32)
@@ -241,7 +307,9 @@ def _environment() -> jinja2.Environment:
     import jinja2
     import jinja2.ext
     import jinja2.sandbox
+    import markupsafe
     from jinja2 import nodes
+    from jinja2.visitor import NodeTransformer
 
     class Generation(jinja2.ext.Extension):
         """``{% generation %} … {% endgeneration %}`` marks what the model says; the text is the same with it and without."""
@@ -254,13 +322,10 @@ def _environment() -> jinja2.Environment:
             return nodes.Scope(body).set_lineno(line)
 
     class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"*", "**", "%"})
+        intercepted_binops = frozenset({"+", "*", "**", "%"})
 
         def _parse(self, *arguments: Any) -> Any:
-            tree = super()._parse(*arguments)
-            for loop in tree.find_all(nodes.For):
-                loop.iter = nodes.Filter(loop.iter, "counted", [], [], None, None).set_lineno(loop.lineno)
-            return tree
+            return Counting().visit(super()._parse(*arguments))
 
         def unsafe_undefined(self, owner: Any, name: str) -> Any:
             raise _too_much(f"it asks for {name!r} of a {type(owner).__name__}")
@@ -268,23 +333,26 @@ def _environment() -> jinja2.Environment:
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             if operator == "*":
                 for many, times in ((left, right), (right, left)):
-                    if isinstance(many, (str, list, tuple)) and isinstance(times, int) and len(many) * times > LONGEST:
+                    if isinstance(many, (str, bytes, list, tuple)) and isinstance(times, int) and len(many) * times > LONGEST:
                         raise _too_much(f"it repeats {len(many)} {'characters' if isinstance(many, str) else 'items'} {times} times")
-            elif operator == "**" and isinstance(left, int) and isinstance(right, int) and left.bit_length() * abs(right) > 10_000:
-                raise _too_much(f"it computes {left} to the power of {right}")
-            elif operator == "%" and isinstance(left, str):
-                _check_widths(left)
-            return super().call_binop(context, operator, left, right)
+                if isinstance(left, int) and isinstance(right, int) and left.bit_length() + right.bit_length() > BITS:
+                    raise _too_much(f"it computes a product of more than {BITS:,} bits")
+            elif operator == "**" and isinstance(left, int) and isinstance(right, int) and left.bit_length() * abs(right) > BITS:
+                raise _too_much(f"it computes a power of more than {BITS:,} bits")
+            elif operator == "%" and isinstance(left, (str, bytes)):
+                _check_format(left, "%", right if isinstance(right, tuple) else (right,))
+            return _made(super().call_binop(context, operator, left, right))
 
         def call(self, context: Any, function: Any, *values: Any, **named: Any) -> Any:
             function_of_text = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format in its own
             owner = getattr(function_of_text, "__self__", None)
-            if isinstance(owner, str):
-                if any(isinstance(value, int) and value > LONGEST for value in (*values, *named.values())):
-                    raise _too_much(f"it makes a text longer than {LONGEST:,} characters")
-                if function_of_text.__name__ in ("format", "format_map"):
-                    _check_widths(owner)
-            return super().call(context, function, *values, **named)
+            _spend(4)
+            if isinstance(owner, (str, bytes, int)):
+                for value in (*values, *named.values()):
+                    _fits(value if isinstance(value, int) else 0)
+            if isinstance(owner, (str, bytes)):
+                values = _checked_method(function_of_text.__name__, owner, values, named)
+            return _made(super().call(context, function, *values, **named), each=1)
 
     class Namespace(jinja2.utils.Namespace):
         """Jinja's, without names that begin with an underscore: they are the interpreter's."""
@@ -300,27 +368,59 @@ def _environment() -> jinja2.Environment:
             _no_underscore(name)
             super().__setitem__(name, value)
 
-    @jinja2.pass_context
-    def counted(context: Any, items: Any) -> Iterator[Any]:
-        steps = context.resolve_or_missing(BUDGET)
+    class Counting(NodeTransformer):
+        """Puts a filter around all that makes texts or takes steps without a call of its own: loops, ``~``, slices, captured blocks, long literals."""
+
+        def visit_For(self, node: Any) -> Any:
+            self.generic_visit(node)
+            node.iter = around(node.iter, "counted")
+            return node
+
+        def visit_Concat(self, node: Any) -> Any:
+            self.generic_visit(node)
+            return around(nodes.List(node.nodes).set_lineno(node.lineno), "glued")
+
+        def visit_Getitem(self, node: Any) -> Any:
+            self.generic_visit(node)
+            return around(node, "made") if isinstance(node.arg, nodes.Slice) else node
+
+        def visit_AssignBlock(self, node: Any) -> Any:
+            self.generic_visit(node)
+            node.filter = nodes.Filter(node.filter, "made", [], [], None, None).set_lineno(node.lineno)
+            return node
+
+        def visit_Output(self, node: Any) -> Any:
+            self.generic_visit(node)
+            long = lambda n: isinstance(n, nodes.TemplateData) and len(n.data) > 64
+            node.nodes = [around(nodes.Const(n.data).set_lineno(node.lineno), "literal") if long(n) else n for n in node.nodes]
+            return node
+
+    def around(node: Any, name: str) -> Any:
+        return nodes.Filter(node, name, [], [], None, None).set_lineno(node.lineno)
+
+    def counted(items: Any) -> Iterator[Any]:
         for item in items:
-            steps.left -= 1
-            if steps.left < 0:
-                raise _too_much(f"its loops take more than {STEPS:,} steps")
+            _spend(1)
             yield item
 
-    def centred(text: Any, width: int = 80) -> str:
-        return str(text).center(min(width, LONGEST))
+    @jinja2.pass_eval_context
+    def glued(context: Any, items: list[Any]) -> str:
+        _written(items)
+        return (jinja2.runtime.markup_join if context.autoescape else jinja2.runtime.str_join)(items)
 
-    def formatted(text: str, *values: Any, **named: Any) -> str:
-        _check_widths(str(text))
-        return str(text) % (named or values)
+    def shown(value: Any) -> Any:
+        if isinstance(value, str):
+            _spend(len(value) // 64)
+        elif not isinstance(value, (int, float, type(None))):
+            _written(value)
+        return value
 
     # Nothing is computed while a template is read: what it computes is bounded only while it runs.
-    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[Generation, jinja2.ext.loopcontrols])
-    sandbox.filters |= {"tojson": _json, "counted": counted, "center": centred, "format": formatted}
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, optimized=False, finalize=shown, extensions=[Generation, jinja2.ext.loopcontrols])
+    sandbox.filters |= {"tojson": _json, "glued": glued, "made": lambda value: value, "literal": markupsafe.Markup}
+    sandbox.filters = {name: _bounded(name, function) for name, function in sandbox.filters.items()} | {"counted": counted}
     sandbox.globals |= {"raise_exception": _refuse, "strftime_now": _now, "namespace": Namespace, "dict": lambda *rest, **named: dict(*rest, **named)}
-    del sandbox.globals["lipsum"], sandbox.globals["cycler"], sandbox.globals["joiner"]
+    del sandbox.globals["lipsum"]  # words at random
     return sandbox
 
 
@@ -337,14 +437,80 @@ def _check_widths(pattern: str) -> None:
         raise _too_much(f"it pads a text to the width {found.group()}")
 
 
+def _check_format(pattern: Any, sign: str, values: Any) -> None:
+    """Refuse a pattern that pads widely, or whose values together are too long."""
+    _check_widths(pattern if isinstance(pattern, str) else pattern.decode("latin-1"))
+    _fits(len(pattern) + pattern.count(sign if isinstance(pattern, str) else sign.encode()) * _widest(values))
+
+
+def _checked_method(name: str, owner: Any, values: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The arguments of a method of a text, if what it makes of them is not too long."""
+    if name in ("format", "format_map"):
+        _check_format(owner, "{", (*values, *named.values()))
+    elif name == "replace" and len(values) > 1:
+        _fits(len(owner) + owner.count(values[0]) * len(values[1]))
+    elif name == "join" and values:
+        values = (list(values[0]),)
+        _fits(_written(values[0]) + len(owner) * len(values[0]))
+    elif name == "expandtabs":
+        size = next((v for v in (*values, *named.values()) if isinstance(v, int)), 8)
+        _fits(len(owner) + owner.count("\t" if isinstance(owner, str) else b"\t") * size)
+    elif name == "translate" and values and isinstance(values[0], Mapping):
+        _fits(len(owner) * (1 + _widest(values[0].values())))
+    elif "split" in name:
+        _spend(len(owner) // 16)
+    return values
+
+
+WRITES = ("string", "pprint", "upper", "lower", "capitalize", "title", "trim", "truncate", "striptags", "urlize", "urlencode", "escape", "e", "forceescape")
+WRITES += ("safe", "wordcount", "wordwrap", "xmlattr", "center", "replace", "indent", "format")
+"""Filters that write their value out as a text first."""
+
+
+def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that costs a step and what it makes, and that refuses first what would become too long."""
+    first = int(hasattr(function, "jinja_pass_arg"))  # Jinja gives some of them its own state before the value
+
+    @wraps(function)
+    def filtered(*given: Any, **named: Any) -> Any:
+        _spend(1)
+        values = list(given[first:])
+        if values and name in WRITES:
+            _check_text(name, values[0] if isinstance(values[0], str) else " " * _written(values[0]), values[1:], named)
+        elif values and name in ("join", "sum"):
+            values[0] = list(values[0])
+            _fits(_written(values[0]) + _widest(values[1:2] or [named.get("d", "")]) * len(values[0]))
+        elif name in ("batch", "slice"):
+            _spend(max((v for v in (*values, *named.values()) if isinstance(v, int)), default=0))
+        return _made(function(*given[:first], *values, **named), each=1)
+
+    return filtered
+
+
+def _check_text(name: str, text: str, rest: list[Any], named: Mapping[str, Any]) -> None:
+    """Refuse what a filter would make longer than :data:`LONGEST` of ``text``."""
+    options = [*rest, *named.values()]
+    if name == "format":
+        _check_format(text, "%", options)
+    elif name == "replace" and len(options) > 1:
+        _fits(len(text) + text.count(str(options[0])) * _widest(options[1:2]))
+    elif name in ("indent", "center"):
+        width = rest[0] if rest else named.get("width", 4)
+        _fits(len(text) + (text.count("\n") + 1) * (width if isinstance(width, int) else _written(width)))
+    elif name in ("wordwrap", "urlize", "truncate"):
+        _fits(len(text) * (1 + sum(len(option) for option in options if isinstance(option, str))))
+
+
 def _json(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
     """Jinja's own filter writes ``\\u003c`` for ``<``, for web pages; models were trained on plain JSON."""
+    _written(value, width=sum(x if isinstance(x, int) else len(x) for x in (indent, *(separators or ())) if x is not None))
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> None:
     import jinja2
 
+    _written(message)
     raise jinja2.TemplateError(str(message))
 
 

@@ -39,6 +39,8 @@ UNIGRAM, BPE, WORD, CHARACTER = range(1, 5)
 SPACE = "▁"
 MOST_BYTES = 256 << 20
 """The longest published model file has 8 MB."""
+LONGEST_PIECE = 512
+"""Characters of a learnt piece. SentencePiece learns up to 16 unless told otherwise; the longest published ones are runs of some dozen spaces or dashes."""
 
 
 class Entry(NamedTuple):
@@ -245,6 +247,11 @@ def _check(model: Model) -> None:
         raise TokenizerError("this SentencePiece model puts the space behind a word (treat_whitespace_as_suffix), which cannot be used here.")
     seen: set[str] = set()
     for entry in model.pieces:
+        # How a piece was merged is found by trying every cut of it, so its length counts twice.
+        if len(entry.piece) > LONGEST_PIECE and entry.type in (NORMAL, UNUSED):
+            raise TokenizerError(
+                f"the piece {entry.piece[:20]!r}… has {len(entry.piece):,} characters, and a learnt piece at most {LONGEST_PIECE}: the file is damaged."
+            )
         if entry.piece in seen:
             raise TokenizerError(f"the piece {entry.piece!r} is twice in the vocabulary, so that one of its ids could not be found: the file is damaged.")
         seen.add(entry.piece)

@@ -178,6 +178,10 @@ class Tokenizer:
         """
         return self.encode_batch([text], allow_special=allow_special, add_special=add_special)[0]
 
+    def prompt(self, text: str) -> list[int]:
+        """The ids of a text for a model to read: with what the file puts around a text (``<s> …``, ``[CLS] … [SEP]``), if it prescribes anything."""
+        return self.encode(text, add_special=True)
+
     def encode_batch(self, texts: Sequence[str], *, allow_special: bool = True, add_special: bool = False) -> list[list[int]]:
         """The ids of each text, on all cores."""
         for text in texts:

@@ -32,6 +32,7 @@ from glassformer.core.errors import CheckpointError, DataError, GlassformerError
 from glassformer.core.fields import typed
 from glassformer.core.modes import evaluating
 from glassformer.core.numerics import seed_everything
+from glassformer.parts.packed import Packed
 from glassformer.tasks import Loss, Task
 
 from . import checkpoint
@@ -162,6 +163,8 @@ class Trainer:
                 raise DataError(f"The tokenizer {tokenizer!r} is not the one that made the data ({data.tokenizer!r}): leave it out, or give that one.")
         if any(p.device.type == "meta" for p in model.parameters()):
             raise TrainingError("This model stands on the meta device, where tensors have shapes but no numbers: build it without device='meta', or load one.")
+        if any(isinstance(m, Packed) for m in model.modules()) or any(hasattr(p, "tensor_data_names") for p in model.parameters()):
+            raise TrainingError("This model's matrices are held in few bits and cannot learn: load it without packed and quantise, with dtype='float32'.")
         task.check(model)
         if steps is not None:
             schedule.check(steps)

@@ -11,7 +11,7 @@ error that names both sides.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from glassformer.core.errors import GlassformerError, WeightsError, did_you_mean
+from glassformer.parts.experts import Experts
 
 from .family import Family
 from .rules import Form, Place, Rule, any_matches
@@ -35,25 +36,41 @@ class Filling:
     place: Place
 
 
-@dataclass
+@dataclass(repr=False)
 class Plan:
     """Every parameter's source, and every tensor that is not one: ``left`` says why for each."""
 
     fillings: list[Filling] = field(default_factory=list)
     tied: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
-    prefix: str = ""
+
+    def __repr__(self) -> str:
+        lines = [f"{f.path} = {type(f.form).__name__}({', '.join(s.name for s in f.stored)})" for f in self.fillings]
+        return "\n".join([*lines, *(f"{copy} repeats {one}" for copy, one in self.tied.items()), *(f"left over: {n} ({why})" for n, why in self.left.items())])
 
 
 def skeleton(spec: Any, tensors: Mapping[str, Stored], file: Any) -> Any:
-    """The model without memory. Raises :class:`WeightsError` if it cannot be built, or has more blocks than there are tensors to fill them."""
-    n = sum(len(getattr(s, "blocks", ())) for s in (spec, getattr(spec, "encoder", None), getattr(spec, "decoder", None)))
-    if n > len(tensors):
-        raise WeightsError(f"{file}: by its config the model has {n} blocks, but there are {len(tensors)} tensors in all: they belong to different models.")
+    """The model without memory. Raises :class:`WeightsError` if it cannot be built, or has more blocks or experts than there are tensors to fill them."""
+    blocks = [b for s in (spec, getattr(spec, "encoder", None), getattr(spec, "decoder", None)) for b in getattr(s, "blocks", ())]
+    if len(blocks) > len(tensors):
+        raise WeightsError(
+            f"{file}: by its config the model has {len(blocks)} blocks, but there are {len(tensors)} tensors in all: they belong to different models."
+        )
+    experts = sum(b.feedforward.n_experts for b in blocks if isinstance(getattr(b, "feedforward", None), Experts))
+    if experts > (most := len(tensors) + sum(slices(s) for s in tensors.values())):
+        raise WeightsError(
+            f"{file}: by its config the model has {experts} experts, but there are no more than {most} tensors and slices of tensors in all: "
+            "they belong to different models."
+        )
     try:
         return spec.build(device="meta")
     except (GlassformerError, RuntimeError, TypeError, ValueError, OverflowError, MemoryError) as error:
         raise WeightsError(f"{file}: the model that its config describes cannot be built: {str(error)[:500]}") from error
+
+
+def slices(stored: Stored | None) -> int:
+    """How many experts' matrices a tensor may hold: it is [e out in] then, and is not empty."""
+    return stored.shape[0] if stored is not None and len(stored.shape) > 2 and stored.nbytes else 0
 
 
 def place_of(model: Any, path: str) -> Place:
@@ -62,34 +79,47 @@ def place_of(model: Any, path: str) -> Place:
     return Place(model.get_submodule(".".join(parts[:-2])), parts[-2] if len(parts) > 1 else "")
 
 
+def _places(model: Any) -> Callable[[str], Place]:
+    """:func:`place_of` for every parameter of a model: its modules are listed once."""
+    modules = dict(model.named_modules())
+
+    def place(path: str) -> Place:
+        parts = path.rsplit(".", 2)
+        return Place(modules[parts[0] if len(parts) == 3 else ""], parts[-2] if len(parts) > 1 else "")
+
+    return place
+
+
 def plan(model: Any, family: Family, tensors: Mapping[str, Stored], file: Any) -> Plan:
     """Settle who fills whom. Raises :class:`WeightsError` with the first disagreements."""
     family = family.fitted(model.spec)
     names = _canonical(family, tensors)
     made, claimed, missing = Plan(), set(), []
-    slices: dict[str, int] = {}
+    taken: dict[str, int] = {}
+    place = _places(model)
     checked: set[Any] = set()
     for path, parameter in model.named_parameters():
         rules = family.table.rules_for(path)
         if not rules:
             raise WeightsError(f"No rule of the family {family.name} says where the parameter {path!r} comes from: this is a fault of the family's table.")
         for rule in rules:
-            theirs = rule.names(rule.match(path) or {})
+            holes = rule.match(path) or {}
+            theirs = rule.names(holes)
             if all(t in names for t in theirs):
                 stored = tuple(names[t] for t in theirs)
                 if rule.stacked:
-                    stored = tuple(_slice(s, int((rule.match(path) or {})["e"])) for s in stored)
-                    slices |= {t: slices.get(t, 0) + 1 for t in theirs}
-                made.fillings.append(Filling(path, rule.form, stored, place_of(model, path)))
+                    stored = tuple(_slice(s, int(holes["e"])) for s in stored)
+                    taken |= {t: taken.get(t, 0) + 1 for t in theirs}
+                made.fillings.append(Filling(path, rule.form, stored, place(path)))
                 if (alike := _alike(made.fillings[-1], parameter)) not in checked:
                     _check_shape(made.fillings[-1], parameter, file)
                     checked.add(alike)
-                claimed |= set(theirs)
+                claimed.update(theirs)
                 break
         else:
             first = rules[0].names(rules[0].match(path) or {})
             missing.append((path, next(t for t in first if t not in names)))
-    for name, n in slices.items():
+    for name, n in taken.items():
         if n != names[name].shape[0]:
             raise WeightsError(
                 f"{file}: {names[name].name!r} has {names[name].shape[0]} slices, but by its config the model takes {n}: some would be left out."
@@ -109,11 +139,20 @@ def plan(model: Any, family: Family, tensors: Mapping[str, Stored], file: Any) -
 
 def _canonical(family: Family, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """The tensors by the names that the family's table knows: files of the bare stack lack its prefix, some have another one before it."""
-    lefts = family.known_names
+    patterns = list(family.known_names)
+
+    def known_name(name: str) -> bool:
+        for k, p in enumerate(patterns):
+            if p.fullmatch(name):
+                if k > 2:
+                    patterns.insert(0, patterns.pop(k))  # the next names are of the same kinds: thousands of experts
+                return True
+        return False
+
     found: dict[str, Stored] = {}
     for name, stored in tensors.items():
         known = next(
-            (n for n in (name, family.prefix + name, *(name.removeprefix(p) for p in family.strips if name.startswith(p))) if any_matches(lefts, n)), name
+            (n for n in (name, family.prefix + name, *(name.removeprefix(p) for p in family.strips if name.startswith(p))) if known_name(n)), name
         )
         if known in found:
             raise WeightsError(
@@ -135,7 +174,8 @@ def _slice(stored: Stored, e: int) -> Stored:
 def _alike(filling: Filling, parameter: Tensor) -> Any:
     """What the check of shapes depends on: equal for the same matrix of equal layers, so that a deep model is checked once and not layer by layer."""
     part, name = filling.place.part, filling.place.name
-    sizes = tuple(getattr(part, n, None) for n in ("n_heads", "n_kv_heads", "widths", "d_head"))
+    own = vars(part)  # asking a module for what it lacks is slow, and most lack these
+    sizes = tuple(own.get(n) for n in ("n_heads", "n_kv_heads", "widths", "d_head"))
     return id(filling.form), name, sizes, tuple(s.shape for s in filling.stored), tuple(s.dtype for s in filling.stored), parameter.shape
 
 

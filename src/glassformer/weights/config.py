@@ -30,9 +30,12 @@ HARMLESS = frozenset(
         (
             # Who wrote the file, for what program
             "_name_or_path name_or_path _commit_hash architectures auto_map model_type transformers_version torch_dtype dtype task_specific_params",
-            "finetuning_task tokenizer_class processor_class custom_pipelines language license tags",
+            "finetuning_task tokenizer_class processor_class custom_pipelines language license tags is_llama_config transformers.js_config",
+            "adapters adapter_fusion neftune_noise_alpha sentence_transformers sbert_ce_default_activation_function unsloth_fixed unsloth_version",
+            "total_flos save_step",
             # How to run it
-            "use_cache attn_implementation _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled use_flash_attn torchscript",
+            "use_cache attn_implementation _attn_implementation _attn_implementation_internal _attn_implementation_autoset _flash_attn_2_enabled",
+            "use_flash_attn torchscript",
             "use_bfloat16 output_attentions output_hidden_states output_past output_router_logits return_dict pretraining_tp chunk_size_feed_forward",
             "gradient_checkpointing experts_implementation _experts_implementation reference_compile repad_logits_with_grad sparse_prediction",
             "sparse_pred_ignore_index",
@@ -41,16 +44,17 @@ HARMLESS = frozenset(
             "forced_bos_token_id forced_eos_token_id begin_suppress_tokens suppress_tokens max_length min_length do_sample early_stopping num_beams",
             "num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size",
             "encoder_no_repeat_ngram_size bad_words_ids num_return_sequences return_dict_in_generate output_scores remove_invalid_values",
-            "exponential_decay_length_penalty prefix generation_config",
+            "exponential_decay_length_penalty prefix generation_config bos_token eos_token pad_token sep_token cls_token mask_token unk_token",
             # Training only
             "initializer_range initializer_factor initializer_cutoff_factor init_std embedding_initializer_range router_aux_loss_coef",
-            "aux_loss_alpha seq_aux router_jitter_noise problem_type label2id id2label num_labels layerdrop encoder_layerdrop decoder_layerdrop",
+            "aux_loss_alpha seq_aux router_jitter_noise problem_type label2id id2label num_labels _num_labels layerdrop encoder_layerdrop",
+            "decoder_layerdrop replacing_rate",
             "attention_dropout hidden_dropout hidden_dropout_prob attention_probs_dropout_prob embd_pdrop attn_pdrop resid_pdrop dropout",
             "dropout_rate activation_dropout classifier_dropout classif_dropout embedding_dropout mlp_dropout embd_dropout resid_dropout",
             "emb_dropout qa_dropout seq_classif_dropout summary_first_dropout classifier_dropout_prob",
             # Limits and older spellings that the computation does not read
             "max_position_embeddings n_positions n_ctx seq_length model_max_length max_seq_len max_sequence_length tie_encoder_decoder",
-            "is_encoder_decoder cross_attention_hidden_size pruned_heads tf_legacy_loss static_position_embeddings",
+            "is_encoder_decoder cross_attention_hidden_size pruned_heads tf_legacy_loss",
         )
     ).split()
 )
@@ -94,6 +98,13 @@ class Config:
             raise WeightsError(f"{self.file}: {key} is {shown(value)}, but no model has more than {most:,}: fetch the file again.")
         return value
 
+    def flag(self, key: str, default: Any = MISSING) -> bool:
+        """A field that is true or false (or the default); 1 and 0 say the same. The text ``"false"`` says neither: taken for a truth it would be true."""
+        value = self(key, default)
+        if type(value) not in (bool, int) or value not in (0, 1):
+            raise WeightsError(f"{self.file}: {key} is {shown(value)}, but true or false is needed.")
+        return bool(value)
+
     def number(self, key: str, default: Any = MISSING) -> float:
         """A field that is a finite number (or the default)."""
         value = self(key, default)
@@ -122,6 +133,9 @@ class Config:
 
     def finish(self, harmless: frozenset[str] = HARMLESS, ignored: Sequence[str] = ()) -> None:
         """Raise :class:`WeightsError` for a field that nobody read, which might change what the model computes (null and empty ones do not)."""
+        for key in ("quantization_config", "quantization", "compression_config"):
+            if self.values.get(key) and key not in self.seen and key not in ignored:
+                raise packed(self.file, key, self.values[key])
         unread = [k for k, v in self.values.items() if k not in self.seen and k not in harmless and k not in ignored and v is not None and v != {} and v != []]
         if unread:
             rest = f" (and {len(unread) - 1} more: {', '.join(unread[1:20])})" if unread[1:] else ""
@@ -129,6 +143,16 @@ class Config:
                 f"{self.file}: {unread[0]} is {shown(self.values[unread[0]])}{rest}, which is not understood here and might change what the model computes. "
                 f"If it does not, open the model with ignore={unread[:20]!r}."
             )
+
+
+def packed(file: Any, key: str, table: Any) -> WeightsError:
+    """The error for weights that another program holds in few bits."""
+    method = table.get("quant_method") if isinstance(table, Mapping) else None
+    how = f"in the format {str(method)[:60]!r} ({key}, quant_method)" if method else f"in few bits ({key} is {shown(table)})"
+    return WeightsError(
+        f"{file}: the weights of this checkpoint are quantised {how}, which is not read here: its tensors are no plain numbers. "
+        "Fetch the same model unquantised (bfloat16 or float16), or as a GGUF file, whose quantised types are read."
+    )
 
 
 # Rotary positions: what transformers 5 calls rope_parameters, and what stood there before (rope_theta, rope_scaling)
@@ -175,7 +199,7 @@ def _scaling(r: Config, c: Config) -> RopeScaling:
             beta_fast=r.number("beta_fast", 32.0),
             beta_slow=r.number("beta_slow", 1.0),
             attention_factor=_yarn_magnitude(r, factor),
-            truncate=bool(r("truncate", True)),
+            truncate=r.flag("truncate", True),
         )
     raise WeightsError(f"{r.file}: rope_type is {shown(kind)}, which is not supported. Known: default, linear, dynamic, llama3, yarn, longrope.")
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from glassformer.core import files
 from glassformer.core.errors import WeightsError
 from glassformer.core.fields import typed
+from glassformer.models import Decoder
 
 from . import assign, own, sentence
 from .config import HARMLESS
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from glassformer.text import Tokenizer
 
 OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+"""Files of an earlier model in the same folder that would be read as this one's."""
 SHARD = 5_000_000_000  # bytes of tensors in one file
 
 
@@ -50,11 +53,15 @@ def export_hf(
 ) -> Path:
     """Write ``model`` as a Hugging Face folder, in the types that its parameters have.
 
-    ``config``: the fields that it was opened with; those that do not change the computation (special tokens, the longest context) are kept.
-    ``generation``: what generation_config.json shall say. ``shard``: bytes of tensors in one file. Files are written under other names first.
+    ``config``: the fields of the config.json that it comes from; those that do not change the computation (special tokens, the longest
+    context) are kept. ``generation``: what generation_config.json shall say. None takes both from the checkpoint that the model was opened
+    from, if it was (``model.origin``); special tokens that neither names are the tokenizer's. ``shard``: bytes of tensors in one file. Files are
+    written under other names first.
     Raises :class:`WeightsError` if no published family computes what the model does, or the folder cannot be written.
     """
-    path, given = Path(folder), dict(config or {})
+    origin = getattr(model, "origin", {})
+    path, given = Path(folder), dict(origin.get("config", {}) if config is None else config)
+    generation = origin.get("generation") if generation is None else generation
     if getattr(model, "spec", None) is None:
         raise WeightsError(f"A model that was built from a Spec can be exported, but a {type(model).__name__} was given.")
     if (path / "model.json").exists():
@@ -68,6 +75,8 @@ def export_hf(
         values = kept if says(family, kept, spec) else values  # another head than it was opened with has another class
     if len(values.get("id2label") or ()) != values.get("num_labels"):
         values = {k: v for k, v in values.items() if k not in ("id2label", "label2id")}  # labels of another number of classes
+    if isinstance(model.spec, Decoder):  # a field that is missing is not "none" to other programs, but another model's default
+        values = special_ids(tokenizer) | values
     values["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     staging: Path | None = None
     try:
@@ -81,7 +90,7 @@ def export_hf(
             tokenizer.save(staging / "tokenizer.json")
         written = files.take_places(staging, path, last="config.json")
         for old in path.iterdir():  # shards of an earlier model, or its index: some programs would open those
-            if OURS.fullmatch(old.name) and old.name not in written:
+            if (OURS.fullmatch(old.name) or old.name in COMPANIONS) and old.name not in written:
                 old.unlink()
         sentence.write_modules(model.spec, path)
     except (OSError, SafetensorError) as error:
@@ -91,6 +100,11 @@ def export_hf(
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
     return path
+
+
+def special_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    """The ids that begin, end and fill texts by a tokenizer; None for those that it does not have."""
+    return {f"{role}_token_id": None if tokenizer is None else tokenizer.role_id(role) for role in ("bos", "eos", "pad")}
 
 
 def _write_tensors(model: Any, family: Any, folder: Path, most: int) -> None:

@@ -26,7 +26,7 @@ from glassformer.core import files
 from glassformer.core.errors import WeightsError, did_you_mean
 from glassformer.core.fields import typed
 
-from . import assign, own
+from . import assign, own, sentence
 from .config import HARMLESS
 from .families import gguf_fields, gguf_names
 from .family import Family, family_for, in_full, says
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
 """What the file calls the type of most of its tensors (``general.file_type``)."""
 ALWAYS_F32 = ("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight", "token_types.weight", "rope_freqs.weight", "attn_rel_b.weight", "_sinks.weight")
+LARGEST = 65_504  # of float16, in which F16 keeps its numbers and the quantised types their scales
 CONTEXT = 4_096  # said of a model that does not say how long its contexts may be
 
 
@@ -51,22 +52,29 @@ def export_gguf(
 ) -> Path:
     """Write ``model`` as a GGUF file with matrices of ``type``: F32, F16, BF16, Q8_0 or Q4_0.
 
-    ``settings``: fields of the config.json that it was opened with (those that do not change the computation are kept), or metadata by
-    its own key (``{"general.name": "mine"}``). The file is written under another name first. Raises :class:`WeightsError` if no architecture of
-    GGUF computes what the model does, or the file cannot be written.
+    ``settings``: fields of the config.json that it comes from (those that do not change the computation are kept), or metadata by
+    its own key (``{"general.name": "mine"}``); None takes them from the checkpoint that the model was opened from, if it was. The
+    file is written under another name first. Raises :class:`WeightsError` if no architecture of GGUF computes what the model does, if a number
+    is too large for the type, or if the file cannot be written.
     """
+    type = type.upper()
     if type not in WRITTEN:
         raise WeightsError(f"A GGUF file is written in {', '.join(WRITTEN)}, but {type!r} was asked for.{did_you_mean(type, WRITTEN)}")
     if getattr(model, "spec", None) is None:
         raise WeightsError("A model that was built from a Spec can be exported, but something else was given.")
     own.check_plain(model)
-    path, given = Path(file), dict(settings or {})
-    family, fields = family_for(model.spec, given.get("model_type"))
+    origin = getattr(model, "origin", {})
+    path, given = Path(file), dict({**origin.get("config", {}), **_ends_of(origin.get("generation", {}))} if settings is None else settings)
+    family, fields = family_for(sentence.bare(model.spec), given.get("model_type"))
     fields = {"max_position_embeddings": CONTEXT} | {k: v for k, v in given.items() if k in HARMLESS} | fields
     arch, metadata, more = gguf_fields.metadata(fields)
     family, _ = gguf_names.dialect(family, model.spec, {})
+    homeless = [path for path, _ in model.named_parameters() if not family.fitted(model.spec).table.rules_for(path)]
+    if homeless or sentence.bare(model.spec) != model.spec:
+        what = f"the parameter {homeless[0]!r}" if homeless else "how its vectors are pooled"
+        raise WeightsError(f"GGUF has no place for {what} of this {family.name} model: its {arch} architecture is the bare stack. Write a folder (export_hf).")
     general = {"general.architecture": arch, "general.type": "model", "general.file_type": FILE_TYPES[type], "general.quantization_version": 2}
-    metadata = general | {"general.name": path.stem} | metadata | _tokenizer(tokenizer) | {k: v for k, v in given.items() if "." in k}
+    metadata = general | {"general.name": path.stem} | metadata | _tokenizer(tokenizer) | _ids(tokenizer, given) | {k: v for k, v in given.items() if "." in k}
     draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}.gguf")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +88,29 @@ def export_gguf(
         with suppress(OSError):  # it may never have been made
             draft.unlink(missing_ok=True)
     return path
+
+
+def _ends_of(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """What generation settings say of the tokens that end a text: it goes before what the config says."""
+    return {k: v for k, v in generation.items() if k == "eos_token_id" and v is not None}
+
+
+def _ids(tokenizer: Tokenizer | None, given: Mapping[str, Any]) -> dict[str, int]:
+    """The special tokens by the model's settings, where those name any: the first that ends a text, the next that ends a turn."""
+    if tokenizer is None:
+        return {}
+    ends = given.get("eos_token_id")
+    ends = [i for i in (ends if isinstance(ends, list) else [ends]) if _is_id(i, tokenizer)]
+    made = dict(zip(("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"), ends, strict=False))
+    for ours, theirs in (("bos_token_id", "bos"), ("pad_token_id", "padding")):
+        if _is_id(given.get(ours), tokenizer):
+            made[f"tokenizer.ggml.{theirs}_token_id"] = given[ours]
+    return made
+
+
+def _is_id(value: Any, tokenizer: Tokenizer) -> bool:
+    """Whether a setting is an id of this vocabulary."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < tokenizer.vocab_size
 
 
 def _tokenizer(tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -152,6 +183,10 @@ def _numpy_type(kind: str) -> Any:
 
 
 def _bytes(x: Tensor, kind: str) -> np.ndarray:
+    if kind not in ("F32", "BF16") and x.numel() and not float(x.abs().max()) <= LARGEST:
+        raise WeightsError(
+            f"A matrix of shape {tuple(x.shape)} holds {float(x.abs().max()):.3g}, and {kind} ends at {LARGEST:,}: write the file with type BF16 or F32."
+        )
     if kind in ("F32", "F16"):
         return x.to("cpu", torch.float32 if kind == "F32" else torch.float16).contiguous().numpy()
     return quantise(x, kind).numpy()

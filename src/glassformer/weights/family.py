@@ -63,6 +63,9 @@ class Family:
         v = self.by_spec(spec)
         return replace(self, rules=(*v.rules, *self.rules), tied={**(self.tied or {}), **v.tied}, unused=(*self.unused, *v.unused), by_spec=None)
 
+    def __repr__(self) -> str:
+        return f"Family({self.name}: {', '.join(self.model_types)})"
+
     @cached_property
     def table(self) -> Table:
         """The rules, ready to be asked."""
@@ -115,7 +118,7 @@ def family_of(values: Mapping[str, Any], file: Any) -> Family:
     kind, known = values.get("model_type"), families()
     if isinstance(kind, str) and kind in known:
         return known[kind]
-    if kind is None:
+    if not isinstance(kind, str):
         raise WeightsError(f"{file} names no model_type, so the family of the model is unknown. Known: {', '.join(sorted(known))}.")
     raise WeightsError(
         f"{file}: the model type {str(kind)[:60]!r} is not supported.{did_you_mean(str(kind)[:60], known)} Known: {', '.join(sorted(known))}. "
@@ -135,7 +138,8 @@ def _nearest(values: Mapping[str, Any], known: Mapping[str, Family]) -> str:
             try:
                 family.spec(c)
                 unread = [k for k in values if k not in c.seen]
-                tried = (1 + len(unread), kind, str(error))
+                words = ", ".join(unread[:12]) or str(error)
+                tried = (1 + len(unread), kind, f"what it does not understand is {words}")
             except Exception:
                 continue
         if best is None or tried[0] < best[0]:

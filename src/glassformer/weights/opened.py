@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,7 +86,7 @@ def open(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> Opened:
     if found.kind == "gguf":
         from .families import gguf_names
 
-        found.config = gguf_names.config(found.metadata, found.tensors, found.path)
+        found.config = {**gguf_names.config(found.metadata, found.tensors, found.path), **_special_ids(found.metadata)}
     family = family_of(found.config, found.config_file)
     spec = family.read(found.config, found.config_file, ignore)
     if found.kind == "hf":
@@ -94,6 +94,17 @@ def open(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> Opened:
     if found.kind == "gguf":
         family, spec = gguf_names.dialect(family, spec, found.tensors)
     return Opened(found, family, spec, tuple(ignore))
+
+
+def _special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The special tokens that a GGUF file names, in the words of a config.json; a chat model may end a text and a turn by different ones."""
+    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding", "eot")}
+    found: dict[str, Any] = {
+        f"{ours}_token_id": ids[theirs] for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")) if type(ids[theirs]) is int
+    }
+    if type(ids["eot"]) is int and ids["eot"] != ids["eos"]:
+        found["eos_token_id"] = [i for i in (ids["eos"], ids["eot"]) if type(i) is int]
+    return found
 
 
 @dataclass
@@ -131,7 +142,7 @@ class Opened:
         if self.kind == "gguf":
             from glassformer.text.from_gguf import tokenizer_from_gguf
 
-            return tokenizer_from_gguf(self.found.metadata) if "tokenizer.ggml.model" in self.found.metadata else None
+            return None if self.found.metadata.get("tokenizer.ggml.model", "none") == "none" else tokenizer_from_gguf(self.found.metadata)
         from glassformer.text.folder import tokenizer_of_folder
 
         return tokenizer_of_folder(own.find(self.path) if self.kind == "own" else self.path)
@@ -170,6 +181,8 @@ class Opened:
             return self._load_own(dtype, where, start, quantise)
         model, plan = self._settled()
         kind = self._usual_dtype(where) if dtype is None else dtype_named(dtype)
+        if not kind.is_floating_point:
+            raise WeightsError(f"A model computes in a floating type, but {kind} was asked for: quantise='int8' keeps its matrices in 8 bits.")
         if quantise is not None:
             if packed:
                 raise WeightsError("packed=True keeps the file's own quantised matrices, quantise makes new ones: leave one of them out.")
@@ -195,6 +208,7 @@ class Opened:
         used = {f.path: tuple(s.name for s in f.stored) for f in plan.fillings}
         size = sum(bytes_of(x) for x in (*model.parameters(), *model.buffers()))
         name = str(kind).removeprefix("torch.") + (", quantised matrices packed" if packed else "") + _blocks_in(quantise)
+        model.origin = own.origin({"config": self.config, "generation": self.generation})
         return model.eval(), Report(self.path, self.family.name, used, plan.tied, plan.left, name, size, time.perf_counter() - start)
 
     def _load_own(self, dtype: str | torch.dtype | None, device: torch.device, start: float, quantise: str | None) -> tuple[Any, Report]:
@@ -209,13 +223,18 @@ class Opened:
         return model, Report(self.path, "glassformer's own format", used, {}, {}, kind, size, time.perf_counter() - start)
 
     def _usual_dtype(self, device: torch.device) -> torch.dtype:
+        most = self.stored_dtype
+        return torch.float32 if most == torch.float16 and device.type == "cpu" else most
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The type that most numbers have in the file (float32 where they are quantised)."""
         sizes: dict[torch.dtype, int] = {}
         for s in self.tensors.values():
             if s.dtype.is_floating_point:
                 sizes[s.dtype] = sizes.get(s.dtype, 0) + s.nbytes
         most = max(sizes, key=lambda t: sizes[t], default=torch.float32)
-        slow = most == torch.float16 and device.type == "cpu"
-        return torch.float32 if slow or most.itemsize == 1 else most
+        return torch.float32 if most.itemsize == 1 else most
 
     def __repr__(self) -> str:
         if self.family is None:
@@ -254,6 +273,8 @@ def _filled(filling: Filling, like: torch.Tensor, device: torch.device) -> torch
     """A parameter's values, read straight into its own memory where the form allows."""
     out = _memory(like) if like.numel() * like.element_size() >= LARGE else torch.empty_like(like, device="cpu")
     filling.form.fill(out, filling.stored, filling.place)
+    if out.dtype == torch.float16 and any(s.type != "F16" for s in filling.stored) and not torch.isfinite(out).all():
+        raise WeightsError(f"{filling.path} holds numbers that float16 cannot (above 65,504): load it as bfloat16 or float32.")
     return out.to(device)
 
 
@@ -286,21 +307,11 @@ def load(
 
     In one word :func:`open` and :meth:`Opened.load`; of a foreign checkpoint ``extra`` holds its ``config`` and ``generation`` settings.
     """
-    at = Path(path)
-    if not str(path).startswith("hf://") and (at.is_dir() or not at.exists()) and not (at / "config.json").exists() and not any(at.glob("*.gguf")):
-        if packed:
-            raise WeightsError(f"{at} holds no quantised tensors that could stay packed: leave packed out, or open a .gguf file.")
-        loaded = own.load(path, device, dtype)
-        return loaded if quantise is None else loaded._replace(model=_quantised(loaded.model, quantise))
     opened = open(path)
     if opened.family is None:
-        return own.load(path, device, dtype)
+        loaded = own.load(opened.path, device, dtype)
+        if packed:
+            raise WeightsError(f"{opened.path} holds no quantised tensors that could stay packed: leave packed out, or open a .gguf file.")
+        return loaded if quantise is None else loaded._replace(model=quantise_all(loaded.model, quantise))
     model, report = opened.load(dtype, device, packed=packed, quantise=quantise)
-    extra = {"config": opened.config} | ({"generation": opened.generation} if opened.generation else {})
-    return own.Loaded(model, opened.tokenizer, extra, report)
-
-
-def _quantised(model: Any, kind: str) -> Any:
-    from .quantise import quantise
-
-    return quantise(model, kind)
+    return own.Loaded(model, opened.tokenizer, dict(model.origin), report)

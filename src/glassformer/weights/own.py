@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+ORIGIN = ("config", "generation")
 
 
 class Loaded(NamedTuple):
@@ -54,8 +55,16 @@ class Loaded(NamedTuple):
         for settings in (self.extra.get("generation", {}), self.extra.get("config", {})):
             ids = settings.get("eos_token_id") if isinstance(settings, dict) else None
             if ids is not None:
-                return tuple(ids) if isinstance(ids, list) else (ids,)
+                found = tuple(ids) if isinstance(ids, list) else (ids,)
+                if not all(type(i) is int and i >= 0 for i in found):
+                    raise WeightsError(f"The checkpoint's settings say eos_token_id={ids!r}, but ids are whole numbers from 0 on: give eos_id=... yourself.")
+                return found
         return None
+
+    def __repr__(self) -> str:
+        spec = getattr(self.model, "spec", None)
+        source = "" if self.report is None else f", from {self.report.source}"
+        return f"Loaded({type(spec).__name__} of {self.model.params().total:,} parameters, {self.tokenizer or 'no tokenizer'}{source})"
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """The ids of a conversation by the checkpoint's own chat template, ready to be answered; options as in :meth:`Tokenizer.chat`.
@@ -73,6 +82,7 @@ class Loaded(NamedTuple):
 def save(model: Any, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None, extra: dict[str, Any] | None = None) -> Path:
     """Write a model to ``folder`` (made if needed): all files are written under other names first, then take their places.
 
+    A model that was opened from a published checkpoint takes its ``config`` and ``generation`` settings along in ``extra``.
     Without a tokenizer, one that an earlier model left in the folder is removed. Raises :class:`WeightsError` if the folder cannot be written.
     """
     path = Path(folder)
@@ -88,7 +98,7 @@ def save(model: Any, folder: str | os.PathLike[str], tokenizer: Tokenizer | None
         staging = Path(tempfile.mkdtemp(dir=path, prefix=".writing."))
         tensors = {name: x.detach().to("cpu").contiguous() for name, x in model.named_parameters()}
         save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
-        about = {"format": FORMAT, "spec": model.spec.to_dict(), "extra": extra or {}}
+        about = {"format": FORMAT, "spec": model.spec.to_dict(), "extra": {**getattr(model, "origin", {}), **(extra or {})}}
         if tokenizer is not None and hasattr(tokenizer, "vocabulary_hash"):
             about["tokenizer"] = {"vocab_size": tokenizer.vocab_size, "vocabulary": tokenizer.vocabulary_hash()}
         (staging / "model.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -124,7 +134,14 @@ def load(folder: str | os.PathLike[str], device: str | torch.device | None = Non
 
         tokenizer = Tokenizer.load(path / "tokenizer.json")
         _check_tokenizer(tokenizer, about.get("tokenizer"), path)
-    return Loaded(model.eval(), tokenizer, about.get("extra", {}))
+    extra = about.get("extra", {})
+    model.origin = origin(extra)
+    return Loaded(model.eval(), tokenizer, extra)
+
+
+def origin(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a checkpoint's extra data belongs to the model wherever it goes."""
+    return {k: dict(extra[k]) for k in ORIGIN if isinstance(extra.get(k), Mapping) and extra[k]}
 
 
 def spec_of(path: Path) -> Any:
@@ -206,7 +223,9 @@ def _fill(model: Any, file: Path, device: torch.device, dtype: torch.dtype | Non
 
 
 def check_plain(model: Any) -> None:
-    """Raise :class:`WeightsError` if matrices of ``model`` are held in blocks of few bits, which no writer here can say."""
+    """Raise :class:`WeightsError` if ``model`` has no numbers, or holds matrices in blocks of few bits, which no writer here can say."""
+    if any(x.is_meta for x in model.parameters()):
+        raise WeightsError("The model stands on the meta device, where tensors have shapes but no numbers: build it without device='meta', or load one.")
     if any(isinstance(m, Packed) for m in model.modules()):
         raise WeightsError("The model holds packed matrices, which cannot be written as they are: load it without packed=True, or call unpack(model) first.")
     if any(hasattr(x, "tensor_data_names") for x in model.parameters()):

@@ -6,7 +6,8 @@
     y = x W^T + b  with W made again inside the product
 
 Products, sites and parameters keep their names, so a quantised model is looked into like any other. Embeddings, read-out,
-norms, biases and the routers of experts (small, and decisive) keep their type. On CUDA int4 is multiplied in bfloat16 only; on a
+norms, biases and the routers of experts (small, and decisive) keep their type, and so does the way out of a latent (``kv_up``): while decoding
+it is used as a matrix and not as a layer, and few bits would be unpacked for every token. On CUDA int4 is multiplied in bfloat16 only; on a
 CPU torch's 4-bit product takes float32 too, but is many times slower in it.
 
 torchao is no requirement of this package: ``pip install 'glassformer[quantise]'``.
@@ -49,8 +50,13 @@ def quantise(model: nn.Module, kind: str) -> Any:
 
 
 def quantisable(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that are quantised, by path: those of the blocks but for routers."""
-    found = {path: m for path, m in model.named_modules() if type(m) is nn.Linear and "blocks" in path.split(".") and not path.endswith(".router")}
+    """The linear layers that are quantised, by path: those of the blocks but for routers, and those that their part uses as matrices (``MATRICES``)."""
+    left = {f"{path}.{name}" for path, m in model.named_modules() for name in getattr(type(m), "MATRICES", ())}
+    found = {
+        path: m
+        for path, m in model.named_modules()
+        if type(m) is nn.Linear and "blocks" in path.split(".") and not path.endswith(".router") and path not in left
+    }
     for path, layer in found.items():
         if hasattr(layer.weight, "tensor_data_names"):
             raise WeightsError(f"{path} is quantised already ({type(layer.weight).__name__}): load the model anew to choose another kind.")

@@ -25,6 +25,7 @@ MODULES, POOLING = "modules.json", "1_Pooling"
 POOLS: dict[str, Pool] = {"cls": First(), "mean": Mean(), "lasttoken": Last()}
 SWITCHES = {"cls": "cls_token", "mean": "mean_tokens", "lasttoken": "lasttoken"}  # older files have a switch for each way
 SWITCHES |= {"max": "max_tokens", "mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "weightedmean": "weightedmean_tokens"}
+MOST_MODULES = 1 << 20  # bytes of a modules.json that are read
 WRITER = "sentence_transformers.models."
 
 
@@ -39,14 +40,20 @@ def with_modules(spec: Any, folder: Path) -> Any:
     names = [kind for kind, _ in kinds]
     if names[:2] != ["Transformer", "Pooling"] or names[2:] not in ([], ["Normalize"]) or kinds[0][1]:
         raise WeightsError(
-            f"{file} asks for {' then '.join(names) or 'nothing'}, but only Transformer then Pooling, and Normalize after them, are supported: "
+            f"{file} asks for {' then '.join(map(_short, names[:8])) or 'nothing'}, but only Transformer then Pooling, and Normalize after them, are supported: "
             "another module would change the vectors. To have the encoder's states, remove modules.json."
         )
     return spec.replace(readout=Vector(pool=_pool(folder, kinds[1][1], spec.d_model), normalise=names[2:] == ["Normalize"]))
 
 
+def _short(name: str) -> str:
+    return name if len(name) < 60 else shown(name)
+
+
 def _modules(file: Path) -> list[dict[str, Any]]:
     try:
+        if file.stat().st_size > MOST_MODULES:
+            raise WeightsError(f"{file} has {file.stat().st_size:,} bytes, and a list of modules a few hundred: it is another file.")
         modules = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{file} cannot be read as JSON ({error}): copy it again from where it came.") from error

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,11 +51,14 @@ def find(path: str | os.PathLike[str]) -> Found:
     """What lies at ``path``. Raises :class:`WeightsError` with the remedy for anything that is no checkpoint."""
     if str(path).startswith("hf://"):
         path = fetched(str(path))
-    at = Path(path)
+    at = Path(path).expanduser()
     if os.path.isdir(at):  # not at.is_dir(), which fails for a name that no file can have
         return _folder(at)
     if not os.path.isfile(at):
-        raise WeightsError(f"There is nothing at {at}: give a folder with config.json and safetensors files, a .gguf file, or hf://owner/name.")
+        hub = f" (is it meant to be hf://{path}?)" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) else ""
+        raise WeightsError(
+            f"There is nothing at {str(path)!r}{hub}: give a folder that glassformer wrote, one with config.json and safetensors files, a .gguf file, or hf://owner/name."
+        )
     start = _first_bytes(at)
     if start.startswith(b"GGUF"):
         return _gguf(at)
@@ -96,7 +100,7 @@ def _safetensors(folder: Path) -> dict[str, Stored]:
     index = folder / INDEX
     if not index.exists():
         index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), index)
-    if index.exists():
+    if index.exists() and not (folder / "model.safetensors").exists():  # an index beside one whole file is of other files, or of an earlier model
         return _sharded(folder, index)
     single = folder / "model.safetensors"
     files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))

@@ -1,7 +1,7 @@
 """What the family tests found, kept when asked: figures for docs/families.md, and goldens for a suite without the reference library.
 
-    GLASSFORMER_FAMILIES=build/families.jsonl pytest tests/weights/families     then: python scripts/families_page.py build/families.jsonl
-    GLASSFORMER_GOLDENS=tests/weights/goldens pytest tests/weights/families
+GLASSFORMER_FAMILIES=build/families.jsonl pytest tests/weights/families     then: python scripts/families_page.py build/families.jsonl
+GLASSFORMER_GOLDENS=tests/weights/goldens pytest tests/weights/families
 """
 
 from __future__ import annotations

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from glassformer import weights
 from glassformer.core.errors import WeightsError
 from glassformer.core.tap import Record
-from glassformer.weights.families.deepseek import V2, V3
-from parity.reference import greedy_together, hold_together
+from glassformer.weights.families.deepseek import V2
+from parity.reference import close, greedy_together, hold_together
 from weights.families.harness import COMMON, given_back, hold_decoder, ids, opened, saved
 
 SIZES: dict[str, Any] = {
@@ -191,6 +192,34 @@ def test_what_would_be_computed_otherwise_is_refused(fields, said, tmp_path):
         weights.open(rewritten(tmp_path, **fields)).load()
 
 
-def test_the_layer_that_predicts_a_second_token_is_left_and_said():
-    assert any(p.fullmatch("model.layers.61.eh_proj.weight") for p in V3.other_heads)
-    assert not any(p.fullmatch("model.layers.6.self_attn.q_proj.weight") for p in V3.other_heads)
+def test_the_layer_that_predicts_a_second_token_is_left_and_said(tmp_path):
+    """It follows the model's own, however many those are."""
+    config = transformers.DeepseekV3Config(**{**SIZES, **COMMON, **V3S["groups"], "num_hidden_layers": 2})
+    reference = saved(config, tmp_path, auto=Corrected)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    extra = {f"model.layers.2.{name}.weight": torch.ones(32, 32) for name in ("eh_proj", "enorm", "self_attn.o_proj", "shared_head.head")}
+    save_file(tensors | extra, file, metadata={"format": "pt"})
+    model, report = weights.open(rewritten(tmp_path, num_nextn_predict_layers=1)).load()
+    assert report.left.keys() == extra.keys() and len(model.blocks) == 2
+    with torch.no_grad():
+        close(model(ids()), reference(ids()).logits, "logits")
+    # Far from the model's own layers there is nothing to predict with, and none of its own is left.
+    save_file(tensors | {"model.layers.61.eh_proj.weight": torch.ones(2)}, file, metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=r"model\.layers\.61\.eh_proj\.weight"):
+        weights.open(tmp_path).load()
+
+
+@pytest.mark.parametrize(("config", "variant"), [(transformers.DeepseekV2Config, V2S["groups"]), (transformers.DeepseekV3Config, V3S["groups"])])
+def test_experts_are_chosen_as_the_reference_does_in_bfloat16(config, variant, tmp_path):
+    """The router's product is computed in float32: in bfloat16, logits that lie close are rounded together and other experts are chosen."""
+    reference = saved(config(**{**SIZES, **COMMON, **variant}), tmp_path, auto=Corrected).to(torch.bfloat16)
+    model, _ = weights.open(tmp_path).load(dtype=torch.bfloat16)
+    assert model.spec.blocks[1].feedforward.routing.wide
+    x = torch.randn(4, 50, 32, generator=torch.Generator().manual_seed(4)).bfloat16()
+    layer, gate = model.blocks[1].experts, reference.model.layers[1].mlp.gate
+    with torch.no_grad():
+        theirs = gate(x)
+        logits = theirs if isinstance(theirs, torch.Tensor) else theirs[0]
+        assert torch.equal(layer.router.weight, gate.weight) and layer.router.weight.dtype == torch.bfloat16
+        assert torch.equal(layer.logits(x).view_as(logits), logits) and not torch.equal(layer.router(x).float().view_as(logits), logits)

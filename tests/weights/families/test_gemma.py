@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 
 from glassformer import weights
 from glassformer.core.errors import WeightsError
@@ -133,6 +135,56 @@ def test_an_almost_empty_text_config_has_the_usual_sizes():
     assert local.sizes(2_560) == (8, 4, 256, 256)
     assert local.mask == Window(1_024) and local.position == Rotary(base=10_000.0)
     assert wide.mask == Everything() and wide.position == Rotary(base=1_000_000.0, scaling=LinearScaling(8.0))
+
+
+TINY3 = {"vocab_size": 9, "hidden_size": 32, "intermediate_size": 8, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8}
+ROTATIONS: dict[str, dict[str, Any]] = {
+    "unsaid": {},
+    "older": {"rope_theta": 5e5, "rope_local_base_freq": 20.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "older-without-local": {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "older-unscaled": {"rope_theta": 1e6, "rope_local_base_freq": 10_000, "rope_scaling": None},
+    "flat": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "flat-and-beside": {"rope_parameters": {"rope_type": "default", "rope_theta": 7e5}, "rope_theta": 7e5, "rope_local_base_freq": 50.0},
+    "flat-and-tables": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 3e5,
+            "full_attention": {"rope_type": "default", "rope_theta": 4e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+        }
+    },
+    "one-table": {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 6e5}}},
+    "the-other-table": {"rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 70.0}}, "rope_theta": 8e5},
+    "tables-without-bases": {"rope_parameters": {"full_attention": {"rope_type": "default"}}, "rope_theta": 3e5, "rope_local_base_freq": 20.0},
+}
+
+
+@pytest.mark.parametrize("case", ROTATIONS)
+def test_gemma3_turns_each_kind_of_layer_as_the_reference_does(case):
+    """One flat table is that of the layers that see all; the others turn by a base of their own."""
+    fields = {**TINY3, "num_hidden_layers": 6, **ROTATIONS[case]}
+    spec = families()["gemma3_text"].read(fields)
+    reference = Gemma3RotaryEmbedding(transformers.Gemma3TextConfig(**copy.deepcopy(fields)))
+    for block, kind in ((spec.blocks[0], "sliding_attention"), (spec.blocks[5], "full_attention")):
+        ours = block.attention.position
+        stretch = getattr(ours.scaling, "factor", 1.0)
+        torch.testing.assert_close(ours.base ** -(torch.arange(0, 8, 2) / 8) / stretch, getattr(reference, f"{kind}_inv_freq"), atol=0, rtol=1e-6)
+    assert families()["gemma3_text"].read(families()["gemma3_text"].config(spec)) == spec
+
+
+def test_a_flat_table_is_that_of_the_layers_that_see_all():
+    spec = families()["gemma3_text"].read({**TINY3, "num_hidden_layers": 6, "rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5}})
+    assert spec.blocks[5].attention.position == Rotary(base=5e5, scaling=LinearScaling(8.0)) and spec.blocks[0].attention.position == Rotary(base=10_000.0)
+
+
+@pytest.mark.parametrize("scalar", [7, 168, 144, 224, 256, 12.5, 0.3])
+def test_the_scale_of_scores_is_said_as_it_was_read(scalar):
+    for kind in ("gemma2", "gemma3_text"):
+        family = families()[kind]
+        spec = family.read({**TINY3, "num_hidden_layers": 1, "query_pre_attn_scalar": scalar})
+        assert spec.blocks[0].attention.scale == scalar**-0.5
+        said = family.config(spec)["query_pre_attn_scalar"]
+        assert said == pytest.approx(scalar) and isinstance(said, type(scalar)) and family.read(family.config(spec)) == spec
 
 
 def test_the_activation_of_gemma_s_first_files():

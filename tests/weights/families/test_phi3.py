@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from glassformer.infer import generate
+from glassformer.infer import Greedy, Session, generate
 from glassformer.parts.rotary import LongRope
 from glassformer.weights.family import families
 from parity.reference import close, greedy_together
@@ -59,6 +59,12 @@ def test_generation_across_the_boundary_is_the_reference_s(tmp_path):
     ragged = [prompts[0].tolist(), prompts[1, :3].tolist()]  # rows that cross at different steps
     cached, anew = (generate(model, ragged, max_new_tokens=20, do_sample=False, cache=c) for c in (None, False))
     assert [g.ids for g in cached] == [g.ids for g in anew]
+    session = Session(model, prompts.tolist(), Greedy(), room=20)
+    for _ in range(12):
+        session.step()
+    session.rewind(9)  # back to the near side: the keys that were turned for the far one do not fit there
+    again = Session(model, session.ids, Greedy(), room=12, cache=False)
+    assert [session.step().ids for _ in range(9)] == [again.step().ids for _ in range(9)]
 
 
 def test_older_files_say_the_same():

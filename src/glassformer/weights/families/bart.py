@@ -51,10 +51,10 @@ def halves(
     c.only("is_encoder_decoder", True)
     for key in ("normalize_before", "add_final_layer_norm"):  # written by the first configs; no class computes otherwise
         c.only(key, False)
-    c.ignore("add_bias_logits", "extra_pos_embeddings", "force_bos_token_to_be_generated", "_num_labels")  # read by none of today's classes
+    c.ignore("add_bias_logits", "force_bos_token_to_be_generated")  # read by none of today's classes
     c.ignore("num_hidden_layers", "hidden_size", "num_attention_heads")  # other words for what each half says
     d = c.whole("d_model")
-    embedding = Embedding(scale=SqrtWidth() if c("scale_embedding", False) else Unit(), norm=norm)
+    embedding = Embedding(scale=SqrtWidth() if c.flag("scale_embedding", False) else Unit(), norm=norm)
     readout = readouts[head(c, (stem,), tuple(readouts))]
 
     def stack(name: str, cross: bool) -> tuple[Block, ...]:
@@ -65,7 +65,7 @@ def halves(
 
     common: dict[str, Any] = {"final_norm": NoNorm(), "embedding": embedding, "position": position, "init": BERT_INIT}
     encoder = Encoder(vocab[0], d, stack("encoder", False), readout=States(), **common)
-    tied = bool(c("tie_word_embeddings", True)) and not isinstance(readout, States)
+    tied = c.flag("tie_word_embeddings", True) and not isinstance(readout, States)
     decoder = Decoder(vocab[1], d, stack("decoder", True), tied=tied, readout=readout, **common)
     return EncoderDecoder(encoder, decoder, shared=shared, start=start)
 
@@ -123,11 +123,13 @@ NAMES: dict[type, str] = {LanguageModel: "ForConditionalGeneration", States: "Mo
 def spec(c: Config) -> EncoderDecoder:
     """From config.json. Where tables are not tied, each half has its own."""
     c.only("normalize_embedding", True)
+    c.only("static_position_embeddings", False)
+    c.only("extra_pos_embeddings", OFFSET)
     c.ignore("classifier_dropout", "num_labels")
     vocab = c.whole("vocab_size")
     readouts: dict[str, ReadOut] = {"ForConditionalGeneration": LanguageModel(bias=True), "Model": States()}
     position = Learned(c.whole("max_position_embeddings", 1_024), offset=OFFSET)
-    shared, start = bool(c("tie_word_embeddings", True)), int(c("decoder_start_token_id", 2))
+    shared, start = c.flag("tie_word_embeddings", True), int(c("decoder_start_token_id", 2))
     return halves(c, "Bart", LayerNorm(), position, readouts, vocab=(vocab, vocab), shared=shared, start=start)
 
 

@@ -33,7 +33,7 @@ from ..config import Config
 from ..family import Family, Variant
 from ..rules import Form, Place, Rule
 from ..stored import shown
-from .llama import act_name, act_named
+from .llama import act_name, act_named, layers
 
 # What all encoders share
 
@@ -77,7 +77,13 @@ def plain_encoder(c: Config) -> None:
 
 def tied(c: Config, readout: ReadOut) -> bool:
     """Whether read-out and embedding are one table; other heads than the vocabulary's have none."""
-    return isinstance(readout, LanguageModel) and bool(c("tie_word_embeddings", True))
+    return isinstance(readout, LanguageModel) and c.flag("tie_word_embeddings", True)
+
+
+def encoder(c: Config, d: int, n: int, block: Block, readout: ReadOut, **more: Any) -> Encoder:
+    """``n`` times the block ``[b t d]``, which ends in a norm, so that none follows; ``more``: embedding and positions."""
+    ends: dict[str, Any] = {"final_norm": NoNorm(), "readout": readout, "tied": tied(c, readout), "init": BERT_INIT}
+    return Encoder(c.whole("vocab_size"), d, (block,) * n, **ends, **more)
 
 
 def post_norm(c: Config, eps: float) -> Block:
@@ -159,6 +165,9 @@ def vocabulary_rules(matrix: str, bias: str) -> tuple[Rule, ...]:
 def spec(c: Config) -> Encoder:
     """From config.json."""
     plain_encoder(c)
+    # Of the first program's heads: text is read both ways (as ever), and what its pooler might have been.
+    c.only("directionality", "bidi")
+    c.ignore("pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type")
     block = post_norm(c, c.number("layer_norm_eps", 1e-12))
     readouts: dict[str, ReadOut] = {
         "ForMaskedLM": LanguageModel(bias=True, transform=Dense(act_named(c, "hidden_act", "gelu"), block.norm)),
@@ -168,17 +177,8 @@ def spec(c: Config) -> Encoder:
     }
     readouts["ForPreTraining"] = readouts["ForMaskedLM"]  # and whether a sentence follows another, which is left out
     readout = readouts[head(c, ("Bert",), tuple(readouts))]
-    return Encoder(
-        c.whole("vocab_size"),
-        c.whole("hidden_size"),
-        (block,) * c.whole("num_hidden_layers"),
-        final_norm=NoNorm(),
-        tied=tied(c, readout),
-        embedding=Embedding(n_types=c.whole("type_vocab_size", 2), norm=block.norm),
-        position=Learned(c.whole("max_position_embeddings", 512)),
-        readout=readout,
-        init=BERT_INIT,
-    )
+    embedding, position = Embedding(n_types=c.whole("type_vocab_size", 2), norm=block.norm), Learned(c.whole("max_position_embeddings", 512))
+    return encoder(c, c.whole("hidden_size"), layers(c), block, readout, embedding=embedding, position=position)
 
 
 def config(spec: Encoder) -> dict[str, Any]:

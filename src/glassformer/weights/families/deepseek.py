@@ -20,7 +20,7 @@ from glassformer.parts.rotary import YaRNScaling
 from glassformer.parts.routing import Grouping, Groups, Routing, SigmoidRouting, SoftmaxRouting, Ungrouped
 
 from ..config import Config, magnitude, rotary, rotary_config
-from ..family import Family
+from ..family import Family, Variant
 from ..rules import Rule
 from .llama import EMBEDDING, FEEDFORWARD, IGNORED, LAYER, NORMS, TIED, act_name, act_named, decoder, layers
 from .qwen3_moe import EXPERTS
@@ -57,7 +57,7 @@ def spec_v2(c: Config) -> Decoder:
     if method == "group_limited_greedy":
         groups = Groups(c.whole("n_group"), c.whole("topk_group"))
     c.ignore("n_group", "topk_group")
-    return _decoder(c, SoftmaxRouting(groups=groups, scale=float(c("routed_scaling_factor", 1.0))), "interleaved", False, bool(c("mlp_bias", False)))
+    return _decoder(c, SoftmaxRouting(wide=True, groups=groups, scale=c.number("routed_scaling_factor", 1.0)), "interleaved", False, c.flag("mlp_bias", False))
 
 
 def spec_v3(c: Config) -> Decoder:
@@ -67,12 +67,12 @@ def spec_v3(c: Config) -> Decoder:
     c.ignore("num_nextn_predict_layers", "num_mtp_layers")
     n, keep = c.whole("n_group", 1), c.whole("topk_group", 1)
     groups = Groups(n, keep, best=2) if n > 1 else Ungrouped()
-    layout = "interleaved" if c("rope_interleave", True) else "half"
-    return _decoder(c, SigmoidRouting(groups=groups, scale=float(c("routed_scaling_factor", 2.5))), layout, bool(c("norm_topk_prob", True)), False)
+    layout = "interleaved" if c.flag("rope_interleave", True) else "half"
+    return _decoder(c, SigmoidRouting(wide=True, groups=groups, scale=c.number("routed_scaling_factor", 2.5)), layout, c.flag("norm_topk_prob", True), False)
 
 
 def _decoder(c: Config, routing: Routing, layout: str, normalise: bool, bias: bool) -> Decoder:
-    norm, act = RMSNorm(eps=float(c("rms_norm_eps", 1e-6))), act_named(c, "hidden_act", "silu")
+    norm, act = RMSNorm(eps=c.number("rms_norm_eps", 1e-6)), act_named(c, "hidden_act", "silu")
     c.only("moe_layer_freq", 1)
     c.ignore("ep_size", "head_dim", "qk_head_dim", "intermediate_size", "n_shared_experts")  # sizes that follow from others, or are read where they are needed
     heads, width = _attention(c, layout), c.whole("moe_intermediate_size")
@@ -91,7 +91,7 @@ def _decoder(c: Config, routing: Routing, layout: str, normalise: bool, bias: bo
 
 
 def _attention(c: Config, layout: str) -> LatentAttention:
-    h, biased, position = c.whole("num_attention_heads"), bool(c("attention_bias", False)), rotary(c, layout=layout)
+    h, biased, position = c.whole("num_attention_heads"), c.flag("attention_bias", False), rotary(c, layout=layout)
     c.only("num_key_value_heads", h)  # every head has keys of its own, all made from one latent
     nope, rope = c.whole("qk_nope_head_dim"), c.whole("qk_rope_head_dim")
     given = c("rope_parameters", None) or c("rope_scaling", {})
@@ -187,8 +187,14 @@ def config_v3(spec: Decoder) -> dict[str, Any]:
     return {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", **_config(spec), **more}
 
 
-SECOND_TOKEN = ("model.layers.61.*",)
-"""The layer of V3 that predicts a second token, which the published files hold beside the 61 of the model."""
+MOST_AHEAD = 8
+
+
+def ahead(spec: Decoder) -> Variant:
+    """The layers that predict a second token and further ones: the published files hold them after those of the model (V3: layer 61, the 62nd)."""
+    n = len(spec.blocks)
+    return Variant(unused=tuple(f"model.layers.{i}.*" for i in range(n, n + MOST_AHEAD)))
+
 
 V2 = Family("DeepSeek-V2", ("deepseek_v2",), spec_v2, config_v2, RULES, tied=TIED, ignored=IGNORED, prefix="model.")
-V3 = Family("DeepSeek-V3", ("deepseek_v3",), spec_v3, config_v3, RULES, tied=TIED, ignored=IGNORED, unused=SECOND_TOKEN, prefix="model.")
+V3 = Family("DeepSeek-V3", ("deepseek_v3",), spec_v3, config_v3, RULES, tied=TIED, ignored=IGNORED, prefix="model.", by_spec=ahead)

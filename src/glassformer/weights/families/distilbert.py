@@ -10,11 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from glassformer.models import Block, Encoder
-from glassformer.models.init import BERT_INIT
 from glassformer.parts.attention import Attention
 from glassformer.parts.embed import Embedding
 from glassformer.parts.feedforward import Plain
-from glassformer.parts.norm import LayerNorm, NoNorm
+from glassformer.parts.norm import LayerNorm
 from glassformer.parts.position import Learned
 from glassformer.parts.readout import Classifier, Dense, LanguageModel, ReadOut, States, Tagger
 from glassformer.parts.wiring import PostNorm
@@ -22,7 +21,7 @@ from glassformer.parts.wiring import PostNorm
 from ..config import Config
 from ..family import Family, Variant
 from ..rules import Rule
-from .bert import NAMES, head, head_fields, n_classes, named, norm_rules, plain_encoder, tied
+from .bert import NAMES, encoder, head, head_fields, n_classes, named, norm_rules, plain_encoder
 from .llama import act_name, act_named
 
 NORM = LayerNorm(eps=1e-12)  # not a field of its config
@@ -33,6 +32,7 @@ def spec(c: Config) -> Encoder:
     plain_encoder(c)
     # Sinusoids are what the table of positions starts from; it is stored, and read, as any other.
     c.ignore("sinusoidal_pos_embds", "tie_weights_")  # the second: written by old versions, read by none
+    c.ignore("layer_norm_eps")  # BERT's, which files made from it repeat; the norms of this one have an epsilon that no field says
     act = act_named(c, "activation", "gelu")
     block = Block(Attention(c.whole("n_heads"), qkv_bias=True, out_bias=True), Plain(c.whole("hidden_dim"), act=act, bias=True), norm=NORM, wiring=PostNorm())
     readouts: dict[str, ReadOut] = {
@@ -42,17 +42,8 @@ def spec(c: Config) -> Encoder:
         "Model": States(),
     }
     readout = readouts[head(c, ("DistilBert",), tuple(readouts))]
-    return Encoder(
-        c.whole("vocab_size"),
-        c.whole("dim"),
-        (block,) * c.whole("n_layers"),
-        final_norm=NoNorm(),
-        tied=tied(c, readout),
-        embedding=Embedding(norm=NORM),
-        position=Learned(c.whole("max_position_embeddings", 512)),
-        readout=readout,
-        init=BERT_INIT,
-    )
+    position = Learned(c.whole("max_position_embeddings", 512))
+    return encoder(c, c.whole("dim"), c.whole("n_layers"), block, readout, embedding=Embedding(norm=NORM), position=position)
 
 
 def config(spec: Encoder) -> dict[str, Any]:

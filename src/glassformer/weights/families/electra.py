@@ -11,17 +11,15 @@ from __future__ import annotations
 from typing import Any
 
 from glassformer.models import Encoder
-from glassformer.models.init import BERT_INIT
 from glassformer.parts.embed import Embedding, LiftSum, NoLift
-from glassformer.parts.norm import NoNorm
 from glassformer.parts.position import Learned
 from glassformer.parts.readout import Classifier, Dense, LanguageModel, ReadOut, States, Tagger
 
 from ..config import Config
 from ..family import Family, Variant
 from ..rules import Rule
-from .bert import NAMES, common, head, n_classes, named, plain_encoder, post_norm, stack_rules, tied
-from .llama import act_named
+from .bert import NAMES, common, encoder, head, n_classes, named, plain_encoder, post_norm, stack_rules
+from .llama import act_named, layers
 
 
 def spec(c: Config) -> Encoder:
@@ -39,17 +37,8 @@ def spec(c: Config) -> Encoder:
     }
     readout = readouts[head(c, ("Electra",), tuple(readouts))]
     lift = NoLift() if width == d else LiftSum(width)
-    return Encoder(
-        c.whole("vocab_size"),
-        d,
-        (block,) * c.whole("num_hidden_layers"),
-        final_norm=NoNorm(),
-        tied=tied(c, readout),
-        embedding=Embedding(n_types=c.whole("type_vocab_size", 2), norm=block.norm, lift=lift),
-        position=Learned(c.whole("max_position_embeddings", 512)),
-        readout=readout,
-        init=BERT_INIT,
-    )
+    embedding = Embedding(n_types=c.whole("type_vocab_size", 2), norm=block.norm, lift=lift)
+    return encoder(c, d, layers(c), block, readout, embedding=embedding, position=Learned(c.whole("max_position_embeddings", 512)))
 
 
 def config(spec: Encoder) -> dict[str, Any]:

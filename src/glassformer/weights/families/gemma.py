@@ -16,7 +16,7 @@ from .llama import ACTS, IGNORED, RULES, TIED, act_named, attention, common, dec
 
 def norm_of(c: Config) -> RMSNorm:
     """``(1 + weight) x / rms(x)``, multiplied before it returns to the input's type."""
-    return RMSNorm(eps=float(c("rms_norm_eps", 1e-6)), offset=1.0, cast="late")
+    return RMSNorm(eps=c.number("rms_norm_eps", 1e-6), offset=1.0, cast="late")
 
 
 def act_of(c: Config) -> str:
@@ -43,7 +43,7 @@ def spec(c: Config) -> Decoder:
     """From config.json."""
     c.defaults(head_dim=256)
     causal_only(c)
-    norm, biased = norm_of(c), bool(c("attention_bias", False))
+    norm, biased = norm_of(c), c.flag("attention_bias", False)
     block = Block(attention(c, rotary(c), qkv_bias=biased, out_bias=biased), Gated(c.whole("intermediate_size"), act=act_of(c)), norm=norm)
     return decoder(c, (block,) * layers(c), final_norm=norm, embedding=Embedding(scale=SqrtWidth()), tied=True)
 

@@ -24,19 +24,25 @@ NORMS = (
 )
 
 
+def factor(scalar: float) -> float:
+    """What a ``query_pre_attn_scalar`` multiplies scores by."""
+    return float(scalar) ** -0.5
+
+
 def scale_of(c: Config, k: int) -> float | None:
-    """What scores are multiplied by: ``1 / sqrt(query_pre_attn_scalar)``; None where that is a head's own size."""
-    scalar = c("query_pre_attn_scalar", 256)
-    return None if scalar == k else float(scalar) ** -0.5
+    """What scores are multiplied by; None where that follows from the size ``k`` of a head."""
+    scalar = c.number("query_pre_attn_scalar", 256)
+    return None if scalar == k else factor(scalar)
 
 
 def scale_config(spec: Decoder) -> dict[str, Any]:
-    """``query_pre_attn_scalar``, a whole number where it is one."""
+    """The ``query_pre_attn_scalar`` that is read as this scale, a whole number where one is."""
     a: Any = spec.blocks[0].attention
     if a.scale is None:
         return {"query_pre_attn_scalar": a.sizes(spec.d_model)[2]}
-    scalar = a.scale**-2
-    return {"query_pre_attn_scalar": round(scalar) if round(scalar) ** -0.5 == a.scale else scalar}
+    exact = a.scale**-2
+    near = max(1, round(exact))
+    return {"query_pre_attn_scalar": near if factor(near) == a.scale else exact}
 
 
 def spec(c: Config) -> Decoder:
@@ -44,7 +50,7 @@ def spec(c: Config) -> Decoder:
     c.defaults(head_dim=256)
     c.ignore("cache_implementation", "sliding_window_size")
     causal_only(c)
-    norm, biased, size = norm_of(c), bool(c("attention_bias", False)), c.nullable("sliding_window", 4_096)
+    norm, biased, size = norm_of(c), c.flag("attention_bias", False), c.nullable("sliding_window", 4_096)
     heads = attention(c, rotary(c), cap=c.nullable("attn_logit_softcapping", 50.0), qkv_bias=biased, out_bias=biased)
     block = Block(
         heads.replace(scale=scale_of(c, c("head_dim"))),

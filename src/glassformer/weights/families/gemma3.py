@@ -8,6 +8,7 @@ A file of the whole model holds it inside:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from glassformer.core.mask import Window
@@ -41,19 +42,20 @@ INSIDE = (
 
 
 def positions(c: Config) -> dict[str, Rotary]:
-    """The rotation of each kind of layer."""
-    if c("rope_parameters", None):
-        bases = {"full_attention": GLOBAL_BASE, "sliding_attention": LOCAL_BASE}
-        c.ignore("rope_local_base_freq", "rope_theta")  # older spellings of what is in the tables
-        return {kind: rotary(Config(c.values | {"rope_theta": base}, c.file), kind=kind) for kind, base in bases.items()}
-    return {"full_attention": rotary(c, base=GLOBAL_BASE), "sliding_attention": Rotary(base=float(c("rope_local_base_freq", LOCAL_BASE)))}
+    """The rotation of each kind of layer: a table for each, or (always so in older files) one of those that see all, with the others' base beside it."""
+    bases = {"full_attention": c.number("rope_theta", GLOBAL_BASE), "sliding_attention": c.number("rope_local_base_freq", LOCAL_BASE)}
+    given = c("rope_parameters", None) or c("rope_scaling", {})
+    c.ignore("rope_scaling")
+    tables = given if isinstance(given, Mapping) and given.keys() & bases.keys() else {"full_attention": given}
+    one = lambda kind: c.values | {"rope_theta": bases[kind], "rope_parameters": tables.get(kind) or {}, "rope_scaling": None}
+    return {kind: rotary(Config(one(kind), c.file)) for kind in bases}
 
 
 def whole(c: Config) -> Decoder:
     """From the config.json of a whole model, text and images."""
     inner = c.inner("text_config")
     inner.values |= {"tie_word_embeddings": c("tie_word_embeddings", inner.values.get("tie_word_embeddings", True))}
-    c.ignore("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index", "vocab_size", "hidden_size")
+    c.ignore("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index", "image_token_id", "vocab_size", "hidden_size")
     made = text(inner)
     inner.finish()
     return made
@@ -66,7 +68,7 @@ def text(c: Config) -> Decoder:
     c.ignore("cache_implementation")
     causal_only(c)
     c.only("attn_logit_softcapping", None)
-    norm, biased, size, n = norm_of(c), bool(c("attention_bias", False)), c.nullable("sliding_window", 4_096), layers(c)
+    norm, biased, size, n = norm_of(c), c.flag("attention_bias", False), c.nullable("sliding_window", 4_096), layers(c)
     every = c("sliding_window_pattern", c("_sliding_window_pattern", 6))
     kinds = c("layer_types", None) or ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(n)]
     turns = positions(c)

@@ -13,7 +13,7 @@ from glassformer.parts.position import Learned
 from ..config import Config
 from ..family import Family
 from ..rules import Rule, Transposed
-from .llama import act_named
+from .llama import act_named, no_pair
 
 H = "transformer.h.{i}"
 RULES = (
@@ -33,18 +33,19 @@ RULES = (
 def spec(c: Config) -> Decoder:
     """From config.json."""
     d, n = c.whole("n_embd"), c.whole("n_head")
-    norm = LayerNorm(eps=float(c("layer_norm_epsilon", 1e-5)))
+    norm = LayerNorm(eps=c.number("layer_norm_epsilon", 1e-5))
     c.only("scale_attn_weights", True)
     c.only("scale_attn_by_inverse_layer_idx", False)
-    c.only("add_cross_attention", False)
+    no_pair(c)
     c.ignore("reorder_and_upcast_attn")  # another order of the same arithmetic
+    c.ignore("predict_special_tokens", "n_special")  # of the first program; no class reads them
     c.ignore("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels")  # of a head for multiple choice
     block = Block(
         Attention(n, qkv_bias=True, out_bias=True),
         Plain(c.whole("n_inner", 4 * d), act=act_named(c, "activation_function", "gelu_new"), bias=True),
         norm=norm,
     )
-    tied = bool(c("tie_word_embeddings", True))
+    tied = c.flag("tie_word_embeddings", True)
     blocks = (block,) * c.whole("n_layer")
     return Decoder(c.whole("vocab_size"), d, blocks, final_norm=norm, tied=tied, position=Learned(c.whole("n_positions", 1_024)))
 

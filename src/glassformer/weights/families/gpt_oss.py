@@ -23,7 +23,7 @@ from glassformer.parts.kernels import SoftmaxSink
 from glassformer.parts.norm import RMSNorm
 from glassformer.parts.routing import SoftmaxRouting
 
-from ..config import Config, rotary
+from ..config import Config, packed, rotary
 from ..family import Family
 from ..rules import Form, Place, Rule, Transposed
 from .llama import ATTENTION, EMBEDDING, IGNORED, LAYER, NORMS, TIED, attention, common, decoder, layers, window_fields, windows
@@ -91,18 +91,19 @@ RULES = (
 
 def spec(c: Config) -> Decoder:
     """From config.json."""
-    norm, biased = RMSNorm(eps=float(c("rms_norm_eps", 1e-5)), cast="late"), bool(c("attention_bias", True))
+    norm, biased = RMSNorm(eps=c.number("rms_norm_eps", 1e-5), cast="late"), c.flag("attention_bias", True)
     c.only("hidden_act", "silu")
     c.ignore("initial_context_length", "experts_per_token")  # the original code's names of fields that are there as well
-    if "quantization_config" in c.values:
-        packed = c.inner("quantization_config")
-        packed.only("quant_method", "mxfp4")
-        packed.ignore("modules_to_not_convert", "dequantize")  # the files say by their tensors which ones are packed
-        packed.finish()
+    if c.values.get("quantization_config"):
+        held = c.inner("quantization_config")
+        if held("quant_method", None) != "mxfp4":
+            raise packed(c.file, "quantization_config", held.values)
+        held.ignore("modules_to_not_convert", "dequantize")  # the files say by their tensors which ones are packed
+        held.finish()
     n = layers(c)
     kinds = c("layer_types", ["full_attention" if i % 2 else "sliding_attention" for i in range(n)])
     masks = windows(c, kinds, c.whole("sliding_window", None))
-    unit = ClampedGated(c.whole("intermediate_size"), limit=float(c("swiglu_limit", 7.0)), alpha=float(c("swiglu_alpha", 1.702)))
+    unit = ClampedGated(c.whole("intermediate_size"), limit=c.number("swiglu_limit", 7.0), alpha=c.number("swiglu_alpha", 1.702))
     count = c.whole("num_local_experts", None) or c.whole("num_experts", 128)
     experts = Experts(count, c.whole("num_experts_per_tok", 4), unit, routing=SoftmaxRouting(bias=True))
     heads = attention(c, rotary(c, base=150_000.0), normaliser=SoftmaxSink(), qkv_bias=biased, out_bias=biased)

@@ -17,7 +17,7 @@ from glassformer.parts.wiring import Parallel
 from ..config import Config
 from ..family import Family
 from ..rules import Rule
-from .llama import act_named
+from .llama import act_named, no_pair
 
 H = "transformer.h.{i}"
 RULES = (
@@ -45,16 +45,18 @@ def spec(c: Config) -> Decoder:
     turned, k = c.whole("rotary_dim", 64), d // n
     if turned > k:
         raise WeightsError(f"{c.file}: rotary_dim is {turned}, but a head has {k} features (n_embd={d}, n_head={n}).")
-    norm = LayerNorm(eps=float(c("layer_norm_epsilon", 1e-5)))
-    c.only("scale_attn_weights", True)
-    c.ignore("rotary", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels")  # of a head for multiple choice
+    norm = LayerNorm(eps=c.number("layer_norm_epsilon", 1e-5))
+    no_pair(c)
+    for key in ("scale_attn_weights", "rotary"):
+        c.only(key, True)
+    c.ignore("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels")  # of a head for multiple choice
     block = Block(
         Attention(n, position=Rotary(fraction=fraction_of(turned, k), layout="interleaved")),
         Plain(c.whole("n_inner", 4 * d), act=act_named(c, "activation_function", "gelu_new"), bias=True),
         norm=norm,
         wiring=Parallel(),
     )
-    tied = bool(c("tie_word_embeddings", False))
+    tied = c.flag("tie_word_embeddings", False)
     return Decoder(c.whole("vocab_size"), d, (block,) * c.whole("n_layer"), final_norm=norm, tied=tied, readout=LanguageModel(bias=True))
 
 

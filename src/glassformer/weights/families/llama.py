@@ -47,9 +47,16 @@ def attention(c: Config, position: Any, **more: Any) -> Attention:
     return Attention(n, n_kv_heads=c.whole("num_key_value_heads", n), d_head=c.whole("head_dim", c.whole("hidden_size") // n), position=position, **more)
 
 
+def no_pair(c: Config) -> None:
+    """Raise :class:`WeightsError` if the stack reads the states of another one."""
+    c.only("add_cross_attention", False)
+    c.ignore("is_decoder")  # a decoder without a pair says either
+
+
 def decoder(c: Config, blocks: Sequence[Block], **more: Any) -> Decoder:
     """The stack around blocks, with the usual names; ``tie_word_embeddings`` is off unless ``tied`` says otherwise."""
-    tied = bool(c("tie_word_embeddings", more.pop("tied", False)))
+    tied = c.flag("tie_word_embeddings", more.pop("tied", False))
+    no_pair(c)
     return Decoder(c.whole("vocab_size"), c.whole("hidden_size"), tuple(blocks), tied=tied, **more)
 
 
@@ -122,11 +129,14 @@ IGNORED = ("*.rotary_emb.inv_freq",)
 
 def spec(c: Config) -> Decoder:
     """From config.json."""
-    norm = RMSNorm(eps=float(c("rms_norm_eps", 1e-6)))
-    biased = bool(c("attention_bias", False))
+    norm = RMSNorm(eps=c.number("rms_norm_eps", 1e-6))
+    c.only("rope_interleaved", False)
+    c.only("use_sliding_window", False)
+    c.ignore("sliding_window" if "use_sliding_window" in c.values else "use_sliding_window", "max_window_layers")  # of a window that is not used
+    biased = c.flag("attention_bias", False)
     block = Block(
         attention(c, rotary(c), qkv_bias=biased, out_bias=biased),
-        Gated(c.whole("intermediate_size"), act=act_named(c, "hidden_act", "silu"), bias=bool(c("mlp_bias", False))),
+        Gated(c.whole("intermediate_size"), act=act_named(c, "hidden_act", "silu"), bias=c.flag("mlp_bias", False)),
         norm=norm,
     )
     return decoder(c, (block,) * layers(c), final_norm=norm)

@@ -24,11 +24,11 @@ def spec(c: Config) -> EncoderDecoder:
     """From config.json."""
     c.only("normalize_embedding", False)
     c.only("static_position_embeddings", True)
-    c.ignore("classifier_dropout", "num_labels")
+    c.ignore("classifier_dropout", "num_labels", "extra_pos_embeddings")
     source = c.whole("vocab_size")
-    shared = bool(c("share_encoder_decoder_embeddings", True))
+    shared = c.flag("share_encoder_decoder_embeddings", True)
     target = c.whole("decoder_vocab_size", source)
-    if shared and not c("tie_word_embeddings", True):
+    if shared and not c.flag("tie_word_embeddings", True):
         shared = False  # both halves start from one table, but each is stored, and was trained, by itself
     readouts: dict[str, ReadOut] = {"MTModel": LanguageModel(bias=True), "Model": States()}
     start = int(c("decoder_start_token_id", source - 1))

@@ -14,15 +14,22 @@ from ..family import Family
 from .llama import IGNORED, RULES, TIED, act_named, attention, common, decoder, layers, window_fields
 
 
-def spec(c: Config) -> Decoder:
-    """From config.json."""
-    norm, size = RMSNorm(eps=float(c("rms_norm_eps", 1e-6))), c.nullable("sliding_window", 4_096)
+def windowed(c: Config, size: int | None, eps: float) -> Decoder:
+    """The whole stack of a Llama whose layers all see ``size`` places, or everything where it is None; ``eps``: of the norms, where the file does not say."""
+    norm = RMSNorm(eps=c.number("rms_norm_eps", eps))
+    for key in ("attention_bias", "mlp_bias"):
+        c.only(key, False)
     block = Block(
         attention(c, rotary(c), mask=Everything() if size is None else Window(size)),
         Gated(c.whole("intermediate_size"), act=act_named(c, "hidden_act", "silu")),
         norm=norm,
     )
     return decoder(c, (block,) * layers(c), final_norm=norm)
+
+
+def spec(c: Config) -> Decoder:
+    """From config.json."""
+    return windowed(c, c.nullable("sliding_window", 4_096), 1e-6)
 
 
 def config(spec: Decoder) -> dict[str, Any]:

@@ -31,7 +31,9 @@ RULES = (
 
 def spec(c: Config) -> Decoder:
     """From config.json."""
-    window, norm = c.whole("sliding_window", None), RMSNorm(eps=float(c("rms_norm_eps", 1e-5)))
+    window, norm = c.whole("sliding_window", None), RMSNorm(eps=c.number("rms_norm_eps", 1e-5))
+    for key in ("attention_bias", "mlp_bias"):
+        c.only(key, False)
     expert = Gated(c.whole("intermediate_size"), act=act_named(c, "hidden_act", "silu"))
     experts = Experts(c.whole("num_local_experts", 8), c.whole("num_experts_per_tok", 2), expert)
     block = Block(attention(c, rotary(c, base=1e6), mask=Window(window) if window else Everything()), experts, norm=norm)

@@ -39,14 +39,14 @@ def spec(c: Config) -> Encoder:
     c.ignore("tie_word_embeddings", "deterministic_flash_attn")  # the first is read again by the one head that has such a table
     c.ignore("layer_norm_eps", "position_embedding_type")  # BERT's, which the published configs repeat and no class of this family reads
     n, d = layers(c), c.whole("hidden_size")
-    norm = LayerNorm(eps=c.number("norm_eps", 1e-5), bias=bool(c("norm_bias", False)))
+    norm = LayerNorm(eps=c.number("norm_eps", 1e-5), bias=c.flag("norm_bias", False))
     every = c.whole("global_attn_every_n_layers", 3)
     kinds = c("layer_types", ["sliding_attention" if i % every else "full_attention" for i in range(n)])
     bases = {"full_attention": c.number("global_rope_theta", GLOBAL), "sliding_attention": c.number("local_rope_theta", LOCAL)}
     turns = {kind: rotary(c, kind=kind, base=base) for kind, base in bases.items()}
-    biased = bool(c("attention_bias", False))
+    biased = c.flag("attention_bias", False)
     masks = windows(c, kinds, c.whole("local_attention", 128) // 2 + 1)  # a window counts the position itself
-    inner = Gated(c.whole("intermediate_size"), act=act_named(c, "hidden_activation", "gelu"), bias=bool(c("mlp_bias", False)))
+    inner = Gated(c.whole("intermediate_size"), act=act_named(c, "hidden_activation", "gelu"), bias=c.flag("mlp_bias", False))
     blocks = []
     for i, (kind, mask) in enumerate(zip(kinds, masks, strict=True)):
         attention = Attention(c.whole("num_attention_heads"), position=turns[kind], mask=mask, qkv_bias=biased, out_bias=biased)
@@ -65,10 +65,10 @@ def spec(c: Config) -> Encoder:
 
 
 def _readout(c: Config, norm: LayerNorm) -> ReadOut:
-    transform = Dense(act_named(c, "classifier_activation", "gelu"), norm, bias=bool(c("classifier_bias", False)))
+    transform = Dense(act_named(c, "classifier_activation", "gelu"), norm, bias=c.flag("classifier_bias", False))
     pooling = c.only("classifier_pooling", *POOLS)
     readouts: dict[str, ReadOut] = {
-        "ForMaskedLM": LanguageModel(bias=bool(c("decoder_bias", True)), transform=transform),
+        "ForMaskedLM": LanguageModel(bias=c.flag("decoder_bias", True), transform=transform),
         "ForSequenceClassification": Classifier(n_classes(c), pool=POOLS[pooling], transform=transform),
         "ForTokenClassification": Tagger(n_classes(c), transform=transform),
         "Model": States(),

@@ -16,7 +16,7 @@ from glassformer.parts.wiring import Parallel, PreNorm
 from ..config import Config, context_config, rotary, rotary_config
 from ..family import Family
 from ..rules import PerHead, Rule
-from .llama import act_name, act_named
+from .llama import act_name, act_named, no_pair
 
 H = "gpt_neox.layers.{i}"
 RULES = (
@@ -35,18 +35,18 @@ RULES = (
 
 def spec(c: Config) -> Decoder:
     """From config.json."""
-    norm = LayerNorm(eps=float(c("layer_norm_eps", 1e-5)))
-    position = rotary(c, base=float(c("rotary_emb_base", 10_000.0)), fraction=float(c("rotary_pct", 0.25)))
-    biased = bool(c("attention_bias", True))
-    c.ignore("is_decoder")
+    norm = LayerNorm(eps=c.number("layer_norm_eps", 1e-5))
+    position = rotary(c, base=c.number("rotary_emb_base", 10_000.0), fraction=c.number("rotary_pct", 0.25))
+    biased = c.flag("attention_bias", True)
+    no_pair(c)
     block = Block(
         Attention(c.whole("num_attention_heads"), position=position, qkv_bias=biased, out_bias=biased),
         Plain(c.whole("intermediate_size"), act=act_named(c, "hidden_act", "gelu"), bias=True),
         norm=norm,
-        wiring=Parallel(norms=2) if c("use_parallel_residual", True) else PreNorm(),
+        wiring=Parallel(norms=2) if c.flag("use_parallel_residual", True) else PreNorm(),
     )
     blocks = (block,) * c.whole("num_hidden_layers")
-    return Decoder(c.whole("vocab_size"), c.whole("hidden_size"), blocks, final_norm=norm, tied=bool(c("tie_word_embeddings", False)))
+    return Decoder(c.whole("vocab_size"), c.whole("hidden_size"), blocks, final_norm=norm, tied=c.flag("tie_word_embeddings", False))
 
 
 def config(spec: Decoder) -> dict[str, Any]:

@@ -27,8 +27,8 @@ RULES = (
 
 def spec(c: Config) -> Decoder:
     """From config.json."""
-    norm = RMSNorm(eps=float(c("rms_norm_eps", 1e-5)), cast="late")
-    biased = bool(c("attention_bias", False))
+    norm = RMSNorm(eps=c.number("rms_norm_eps", 1e-5), cast="late")
+    biased = c.flag("attention_bias", False)
     block = Block(
         attention(c, rotary(c), qk_norm=Joint(norm), qkv_bias=biased, out_bias=biased),
         Gated(c.whole("intermediate_size"), act=act_named(c, "hidden_act", "silu")),

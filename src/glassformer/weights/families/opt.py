@@ -16,7 +16,7 @@ from glassformer.parts.wiring import PostNorm, PreNorm
 from ..config import Config
 from ..family import Family
 from ..rules import Rule
-from .llama import act_name, act_named
+from .llama import act_name, act_named, no_pair
 
 D = "model.decoder"
 H = f"{D}.layers.{{i}}"
@@ -38,9 +38,11 @@ RULES = (
 
 def spec(c: Config) -> Decoder:
     """From config.json."""
-    d, before, biased = c.whole("hidden_size"), bool(c("do_layer_norm_before", True)), bool(c("enable_bias", True))
-    c.only("layer_norm_elementwise_affine", True)
-    no_final = bool(c("_remove_final_layer_norm", False))
+    d, before, biased = c.whole("hidden_size"), c.flag("do_layer_norm_before", True), c.flag("enable_bias", True)
+    no_pair(c)
+    for key, understood in {"layer_norm_elementwise_affine": True, "learned_embeddings": True, "scale_embeddings": False}.items():
+        c.only(key, understood)
+    no_final = c.flag("_remove_final_layer_norm", False)
     width = c.whole("word_embed_proj_dim", d)
     norm = LayerNorm(eps=1e-5)
     block = Block(
@@ -54,7 +56,7 @@ def spec(c: Config) -> Decoder:
         d,
         (block,) * c.whole("num_hidden_layers"),
         final_norm=norm if before and not no_final else NoNorm(),
-        tied=bool(c("tie_word_embeddings", True)),
+        tied=c.flag("tie_word_embeddings", True),
         embedding=Embedding(lift=NoLift() if width == d else LiftTokens(width)),
         position=Learned(c.whole("max_position_embeddings", 2_048), offset=2),
         readout=LanguageModel(transform=None if width == d else Dense("identity", bias=False, width=width)),

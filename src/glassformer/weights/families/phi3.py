@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from glassformer.core.mask import Everything, Window
-from glassformer.models import Block, Decoder
-from glassformer.parts.feedforward import Gated
-from glassformer.parts.norm import RMSNorm
+from glassformer.models import Decoder
 
-from ..config import Config, rotary
+from ..config import Config
 from ..family import Family
 from ..rules import Rule
-from .llama import EMBEDDING, IGNORED, LAYER, NORMS, TIED, act_named, attention, common, decoder, layers, window_fields
+from .llama import EMBEDDING, IGNORED, LAYER, NORMS, TIED, common, window_fields
+from .mistral import windowed
 
 RULES = (
     *EMBEDDING,
@@ -27,14 +25,10 @@ RULES = (
 def spec(c: Config) -> Decoder:
     """From config.json."""
     c.defaults(max_position_embeddings=4_096, original_max_position_embeddings=4_096)
-    norm, size = RMSNorm(eps=float(c("rms_norm_eps", 1e-5))), c("sliding_window", None)
-    c.only("attention_bias", False)
-    block = Block(
-        attention(c, rotary(c), mask=Everything() if size is None else Window(size)),
-        Gated(c.whole("intermediate_size"), act=act_named(c, "hidden_act", "silu")),
-        norm=norm,
-    )
-    return decoder(c, (block,) * layers(c), final_norm=norm)
+    c.only("lm_head_bias", False)
+    for key in ("full_attn_mod", "interpolate_factor"):  # every layer sees all, and positions are not squeezed but by the rotation's own table
+        c.only(key, 1)
+    return windowed(c, c("sliding_window", None), 1e-5)
 
 
 def config(spec: Decoder) -> dict[str, Any]:

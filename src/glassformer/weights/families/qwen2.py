@@ -16,7 +16,7 @@ from .llama import IGNORED, RULES, TIED, act_named, attention, common, decoder, 
 
 def upper_windows(c: Config) -> list[Mask]:
     """The mask of each layer: ``layer_types``, or in older files a window in all layers from ``max_window_layers`` on."""
-    size = c.nullable("sliding_window", 4_096) if c("use_sliding_window", False) else None
+    size = c.nullable("sliding_window", 4_096) if c.flag("use_sliding_window", False) else None
     first = c("max_window_layers", 28)
     kinds = c("layer_types", None) or ["sliding_attention" if size and i >= first else "full_attention" for i in range(layers(c))]
     c.ignore("sliding_window")  # a size that is not used
@@ -33,7 +33,11 @@ def upper_windows_config(spec: Decoder) -> dict[str, Any]:
 
 def spec(c: Config) -> Decoder:
     """From config.json."""
-    norm = RMSNorm(eps=float(c("rms_norm_eps", 1e-6)))
+    norm = RMSNorm(eps=c.number("rms_norm_eps", 1e-6))
+    c.only("use_mrope", False)
+    c.only("qkv_bias", True)
+    c.ignore("attention_bias")  # no class of this family reads it; whether there are biases is in the tensors
+    c.only("mlp_bias", False)
     block = Block(
         attention(c, rotary(c), qkv_bias=True),
         Gated(c.whole("intermediate_size"), act=act_named(c, "hidden_act", "silu")),

@@ -23,7 +23,11 @@ QK_NORM = (
 def spec(c: Config) -> Decoder:
     """From config.json."""
     c.defaults(head_dim=128)
-    norm, biased = RMSNorm(eps=float(c("rms_norm_eps", 1e-6))), bool(c("attention_bias", False))
+    norm, biased = RMSNorm(eps=c.number("rms_norm_eps", 1e-6)), c.flag("attention_bias", False)
+    c.only("use_mrope", False)
+    c.only("use_qk_norm", True)
+    c.only("qkv_bias", False)
+    c.only("mlp_bias", False)
     block = Block(
         attention(c, rotary(c), qk_norm=norm, qkv_bias=biased, out_bias=biased),
         Gated(c.whole("intermediate_size"), act=act_named(c, "hidden_act", "silu")),

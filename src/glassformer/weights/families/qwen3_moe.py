@@ -33,9 +33,13 @@ RULES = (*EMBEDDING, *ATTENTION, *QK_NORMS, *NORMS, *FEEDFORWARD, *EXPERTS)
 
 def spec(c: Config) -> Decoder:
     """From config.json."""
-    norm, act, biased = RMSNorm(eps=float(c("rms_norm_eps", 1e-6))), act_named(c, "hidden_act", "silu"), bool(c("attention_bias", False))
-    window = c.whole("sliding_window", None) if c("use_sliding_window", False) else None
+    norm, act, biased = RMSNorm(eps=c.number("rms_norm_eps", 1e-6)), act_named(c, "hidden_act", "silu"), c.flag("attention_bias", False)
+    window = c.whole("sliding_window", None) if c.flag("use_sliding_window", False) else None
     c.ignore("sliding_window", "max_window_layers", "intermediate_size")
+    c.only("use_qk_norm", True)
+    c.only("qkv_bias", False)
+    c.only("mlp_bias", False)
+    c.only("shared_expert_intermediate_size", 0)  # of an expert that every token would go through
     n = layers(c)
     heads = attention(c, rotary(c), qk_norm=norm, qkv_bias=biased, out_bias=biased, mask=Window(window) if window else Everything())
     count = c.whole("num_local_experts", None) or c.whole("num_experts", 128)
@@ -44,7 +48,7 @@ def spec(c: Config) -> Decoder:
         count,
         c.whole("num_experts_per_tok", 8),
         Gated(c.whole("moe_intermediate_size", 768), act=act),
-        normalise=bool(c("norm_topk_prob", False)),
+        normalise=c.flag("norm_topk_prob", False),
     )
     step, dense = c.whole("decoder_sparse_step", 1), set(c("mlp_only_layers", ()))
     sparse = [(i + 1) % step == 0 and i not in dense for i in range(n)]

@@ -10,16 +10,15 @@ from __future__ import annotations
 from typing import Any
 
 from glassformer.models import Encoder
-from glassformer.models.init import BERT_INIT
 from glassformer.parts.embed import Embedding
-from glassformer.parts.norm import NoNorm
 from glassformer.parts.position import Learned
 from glassformer.parts.readout import Classifier, Dense, LanguageModel, ReadOut, States, Tagger
 
 from ..config import Config
 from ..family import Family, Variant
 from ..rules import Rule
-from .bert import NAMES, common, head, n_classes, named, norm_rules, plain_encoder, post_norm, stack_rules, tied, vocabulary_rules
+from .bert import NAMES, common, encoder, head, n_classes, named, norm_rules, plain_encoder, post_norm, stack_rules, vocabulary_rules
+from .llama import layers
 
 
 def spec(c: Config) -> Encoder:
@@ -37,17 +36,9 @@ def spec(c: Config) -> Encoder:
     }
     readout = readouts[head(c, ("Roberta", "XLMRoberta"), tuple(readouts))]
     offset = int(c("pad_token_id", 1)) + 1
-    return Encoder(
-        c.whole("vocab_size"),
-        c.whole("hidden_size"),
-        (block,) * c.whole("num_hidden_layers"),
-        final_norm=NoNorm(),
-        tied=tied(c, readout),
-        embedding=Embedding(n_types=c.whole("type_vocab_size", 1), norm=block.norm),
-        position=Learned(c.whole("max_position_embeddings", 514) - offset, offset=offset),
-        readout=readout,
-        init=BERT_INIT,
-    )
+    embedding = Embedding(n_types=c.whole("type_vocab_size", 1), norm=block.norm)
+    position = Learned(c.whole("max_position_embeddings", 514) - offset, offset=offset)
+    return encoder(c, c.whole("hidden_size"), layers(c), block, readout, embedding=embedding, position=position)
 
 
 def config(spec: Encoder) -> dict[str, Any]:

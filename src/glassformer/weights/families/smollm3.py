@@ -18,17 +18,17 @@ from .llama import IGNORED, RULES, TIED, act_named, attention, common, decoder, 
 
 def spec(c: Config) -> Decoder:
     """From config.json."""
-    norm, n, interval = RMSNorm(eps=float(c("rms_norm_eps", 1e-6))), layers(c), c.whole("no_rope_layer_interval", 4)
+    norm, n, interval = RMSNorm(eps=c.number("rms_norm_eps", 1e-6)), layers(c), c.whole("no_rope_layer_interval", 4)
     turned = c("no_rope_layers", None) or [int((i + 1) % interval != 0) for i in range(n)]  # despite its name, 1 is a layer that has positions
     if len(turned) < n:
         raise WeightsError(f"{c.file}: no_rope_layers names {len(turned)} layers, but num_hidden_layers is {n}.")
-    size = c("sliding_window", None) if c("use_sliding_window", False) else None
+    size = c("sliding_window", None) if c.flag("use_sliding_window", False) else None
     kinds = c("layer_types", None) or ["sliding_attention" if size and not turned[i] else "full_attention" for i in range(n)]
     c.ignore("sliding_window", "max_window_layers")
-    biased = bool(c("attention_bias", False))
+    biased = c.flag("attention_bias", False)
     block = Block(
         attention(c, rotary(c, base=2_000_000.0), qkv_bias=biased, out_bias=biased),
-        Gated(c.whole("intermediate_size"), act=act_named(c, "hidden_act", "silu"), bias=bool(c("mlp_bias", False))),
+        Gated(c.whole("intermediate_size"), act=act_named(c, "hidden_act", "silu"), bias=c.flag("mlp_bias", False)),
         norm=norm,
     )
     blocks = [block.at("attention.mask").set(mask) for mask in windows(c, kinds, size)]

@@ -47,8 +47,8 @@ def spec(c: Config) -> EncoderDecoder | Encoder:
     """From config.json."""
     c.only("is_decoder", False)
     c.ignore("is_encoder_decoder")  # what is built is said by the class
-    tied = bool(c("tie_word_embeddings", True))
-    tied = bool(c("scale_decoder_outputs", tied))
+    tied = c.flag("tie_word_embeddings", True)
+    tied = c.flag("scale_decoder_outputs", tied)
     readouts: dict[str, ReadOut] = {"ForConditionalGeneration": LanguageModel(scale=InverseSqrtWidth()) if tied else LanguageModel(), "Model": States()}
     readouts |= {"WithLMHeadModel": readouts["ForConditionalGeneration"], "EncoderModel": States()}
     kind = head(c, ("T5",), tuple(readouts))
