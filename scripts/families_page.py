@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from glassformer.weights.families.gguf_fields import architecture_of
 from glassformer.weights.family import families
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
@@ -26,12 +27,13 @@ Sites: how many values of the tested model can be recorded and edited. Export: w
 | --- | --- | ---: | ---: | ---: | ---: | :---: | :---: |
 """
 TAIL = """
-GGUF: the largest difference of the outputs after the model was written as a GGUF file in F32 and opened again; in brackets in how many of the variants
-the format can say the model at all (of the odd ones it cannot say some: a head of a width that it takes for granted, a pattern of windows of its own).
+GGUF: the architecture's name there, which is read and written; then the largest difference of the outputs after a way through a file in F32, and how many
+of the odd variants the format can say (it takes some widths of heads and patterns of windows for granted; `tests/weights/test_gguf_families.py` and
+`test_export_gguf.py` hold each architecture in its usual shape, against llama.cpp's own logits where that library is installed).
 Quantised types: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K to Q6_K, IQ4_NL, IQ4_XS and MXFP4 are read; F32, F16, BF16, Q8_0 and Q4_0 are written.
 
 A family is a file in `src/glassformer/weights/families/`: two functions between config.json and a Spec that undo each other, and one table of rules
-between names that is read from both sides. What a file says and the family does not understand is an error and not a guess.
+between names that is read from both sides. What a config.json says and the family does not understand is an error and not a guess.
 """
 
 
@@ -45,11 +47,20 @@ def page(lines: list[dict[str, Any]]) -> str:
         kinds = ", ".join(f"`{k}`" for k in family.model_types)
         error, largest, sites = max(r["error"] for r in mine), max(r["largest"] for r in mine), max(r["sites"] for r in mine)
         through = [r["gguf"] for r in mine if r["gguf"] is not None]
-        gguf = f"{max(through):.1e}" + ("" if len(through) == len(mine) else f" ({len(through)} of {len(mine)})") if through else "no"
+        name = architecture(family)
+        gguf = "no" if name is None else f"`{name}`" + (f", {max(through):.0e} ({len(through)} of {len(mine)})" if through else "")
         export = "yes" if all(r["exported"] for r in mine) else "no"
         rows.append(f"| {family.name} | {kinds} | {len({r['test'] for r in mine})} | {error:.1e} | {largest:.1f} | {sites} | {export} | {gguf} |")
     versions = {k: sorted({r[k] for r in lines})[-1] for k in ("transformers", "torch")}
     return HEAD.format(**versions) + "\n".join(rows) + "\n" + TAIL
+
+
+def architecture(family: Any) -> str | None:
+    """What GGUF calls the family, or None if it has no name for it."""
+    try:
+        return str(architecture_of(family.model_types).name)
+    except StopIteration:
+        return None
 
 
 if __name__ == "__main__":

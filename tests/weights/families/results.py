@@ -66,9 +66,9 @@ def through_gguf(model: Any, file: Path, ids: Tensor, target: Tensor, before: Te
     """The largest difference of the outputs after a way through a GGUF file in F32, or None if the format has no such architecture."""
     try:
         weights.export_gguf(model, file, type="F32")
-        again, _ = weights.open(file).load()
     except WeightsError:
         return None
+    again, _ = weights.open(file).load()
     with torch.no_grad():
         after = again(ids, target) if hasattr(again, "encoder") else again(ids)
     return float((after - before).abs().max())
