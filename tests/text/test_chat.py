@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -214,6 +216,37 @@ HOSTILE = [
     "{{ '%999999999999d' % 1 }}",
     "{{ '%999999999999d' | format(1) }}",
     "{{ '{:>999999999999}'.format('a') }}",
+    "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    "{% set ns = namespace(x=3**99) %}{% for i in range(45) %}{% set ns.x = ns.x * ns.x %}{% endfor %}{{ ns.x }}",
+    "{% set ns = namespace(x='aaaa') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x | length }}",
+    "{% set ns = namespace(x='aaaa') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x | length }}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x | length }}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x | tojson | length }}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ (ns.x | string) | length }}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ raise_exception(ns.x) }}",
+    "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}",
+    "{% set x = 'a' * 10**6 %}{{ ([x] * 10**6) | join | length }}",
+    "{% set x = 'a' * 10**6 %}{{ x.join([x] * 10**6) | length }}",
+    "{% set x = 'a' * 10**6 %}{{ x | replace('a', x) | length }}",
+    "{% set x = 'a' * 10**6 %}{{ x.replace('a', x) | length }}",
+    "{{ ('a\\n' * 10**6) | indent(10**6) | length }}",
+    "{{ ('a b ' * 10**6) | wordwrap(1, wrapstring='b' * 10**6) | length }}",
+    "{{ [[1]] | tojson(indent=900000000) | length }}",
+    "{{ ([1] * 10**6) | tojson(indent='a' * 10**6) | length }}",
+    "{{ ([1] * 10**6) | tojson(separators=('a' * 10**6, ':')) | length }}",
+    "{{ range(99999) | map('center', 999999) | list | length }}",
+    "{{ range(99999) | slice(10**9) | list | length }}",
+    "{{ [1] | batch(10**9, 0) | list | length }}",
+    "{{ ([[1] * 10**5] * 10**5) | sum(start=[]) | length }}",
+    "{{ ('\\t' * 10**6).expandtabs(10**6) | length }}",
+    "{{ ('%(a)s' * 10**6) | format(a='a' * 10**6) | length }}",
+    "{{ ('{0}' * 10**6).format('a' * 10**6) | length }}",
+    "{{ ('a' * 10**6).translate({97: 'b' * 10**6}) | length }}",
+    "{{ (5).to_bytes(10**10, 'big') | length }}",
+    "{% set ns = namespace(x='aaaa') %}{% for i in range(60) %}{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}{% endfor %}",
+    "{% set y %}{% for i in range(99999) %}" + "a" * 100_000 + "{% endfor %}{% endset %}{{ y | length }}",
+    "{% set x = 'a' * 10**7 %}{% set ns = namespace(l=[]) %}{% for i in range(9999) %}{% set ns.l = ns.l + [x[1:]] %}{% endfor %}",
 ]
 
 
@@ -223,6 +256,55 @@ def test_a_template_that_means_harm_is_stopped(source: str) -> None:
     with pytest.raises(TokenizerError, match=r"does what no template may|reads what these messages lack|failed with OverflowError|no Jinja template"):
         ChatTemplate(source).render([{"role": "user", "content": "Hi"}])
     assert time.monotonic() - begun < 60
+
+
+@pytest.mark.slow
+def test_what_is_bounded_stays_small_in_memory() -> None:
+    """In a process of its own, which may take three gigabytes and no more."""
+    code = (
+        "import resource, sys; sys.path[:0] = sys.argv[1:]; import test_chat as t\n"
+        "from glassformer.core.errors import TokenizerError\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))\n"
+        "for source in t.HOSTILE:\n"
+        "    try: t.ChatTemplate(source).render(t.TALK); print('let through', source[:200])\n"
+        "    except TokenizerError as error: 'MemoryError' in str(error) and print(source[:200], error)\n"
+        "most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print('' if most < 3 << 20 else f'{most:,} kB')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent), str(Path(__file__).parent.parent)], capture_output=True, text=True, check=True
+    )
+    assert not done.stdout.strip(), done.stdout
+
+
+def test_long_conversations_are_far_from_every_bound() -> None:
+    """Two million characters in a thousand messages, with what templates do to each."""
+    template = ChatTemplate(
+        "{% macro say(m) %}{{ m.role + ': ' + m.content | trim ~ '\\n' }}{% endmacro %}{% set sep = joiner(', ') %}{% set odd = cycler('a', 'b') %}"
+        "{% for m in messages[1:] %}{{ say(m) }}{{ m.content.split('.')[-1].replace('x', 'y') }}{{ m | tojson(indent=4) | length }}{{ sep() }}{{ odd.next() }}{% endfor %}"
+    )
+    text = template.render([{"role": "user", "content": "x" * 2_000}] * 1_000)
+    assert text.count("user: xxx") == 999 and text.count(", ") == 998 and text.endswith("a")
+
+
+def test_joiners_and_cyclers_are_there(plain: Tokenizer) -> None:
+    transformers = pytest.importorskip("transformers")
+    template = (
+        "{% set c = cycler('x', 'y') %}{% set j = joiner('|') %}{% for m in messages %}{{ j() }}{{ c.next() }}{{ m.content[1:3] ~ 1 ~ none }}{% endfor %}"
+    )
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=plain.library, chat_template=template)
+    assert ChatTemplate(template).render(TALK) == theirs.apply_chat_template(TALK, tokenize=False)
+
+
+def test_entries_that_are_none_are_as_the_reference_has_them(plain: Tokenizer) -> None:
+    """It leaves them out before the template sees them."""
+    transformers = pytest.importorskip("transformers")
+    template = (
+        "{% for m in messages %}{% if m['content'] is none %}none{% elif m['content'] is defined %}{{ m['content'] }}{% else %}absent{% endif %}{% endfor %}"
+    )
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=plain.library, chat_template=template)
+    talk = [TALK[0], {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": None}}]}]
+    assert ChatTemplate(template).render(talk) == theirs.apply_chat_template(talk, tokenize=False)
 
 
 def test_what_needs_a_file_or_an_import_is_stopped() -> None:

@@ -15,7 +15,22 @@ from hypothesis import example, given, settings
 from corpus_of_tokenizers import ANY_TEXT, MIXED, shakespeare
 from glassformer.core.errors import TokenizerError
 from glassformer.text import Tokenizer
-from glassformer.text.sentencepiece import BPE, CONTROL, MOST_BYTES, UNIGRAM, UNKNOWN, UNUSED, WORD, Charsmap, Entry, Model, library_of, parse, read_model
+from glassformer.text.sentencepiece import (
+    BPE,
+    CONTROL,
+    MOST_BYTES,
+    UNIGRAM,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    WORD,
+    Charsmap,
+    Entry,
+    Model,
+    library_of,
+    parse,
+    read_model,
+)
 
 sentencepiece = pytest.importorskip("sentencepiece")
 
@@ -165,3 +180,12 @@ def test_what_cannot_be_followed_is_refused() -> None:
         with pytest.raises(TokenizerError, match=words):
             library_of(model)
     assert Model((unk, Entry("<x>", 0.0, CONTROL)), named={"eos": "<y>"}).roles == {}
+
+
+def test_pieces_of_enormous_length_are_refused_at_once() -> None:
+    """Every cut of a learnt piece is tried; runs of spaces and dashes as published ones have, and those a user gave, pass."""
+    unk, ok = Entry("<unk>", 0.0, UNKNOWN), [Entry(" " * 128, -1.0), Entry("-" * 512, -2.0), Entry("u" * 2_000, 0.0, USER_DEFINED)]
+    for type in (BPE, UNIGRAM):
+        assert library_of(Model((unk, *ok), type=type)).get_vocab_size() == 4
+        with pytest.raises(TokenizerError, match=r"the piece 'aaaaaaaaaaaaaaaaaaaa'… has 160,000 characters, and a learnt piece at most 512"):
+            library_of(Model((unk, Entry("a" * 160_000, -1.0)), type=type))

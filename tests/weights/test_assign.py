@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,37 @@ def test_more_blocks_than_tensors_are_not_built(folder):
     opened = weights.open(configured(folder, num_hidden_layers=2_000))
     with pytest.raises(WeightsError, match=r"by its config the model has 2000 blocks, but there are 21 tensors in all: they belong to different models"):
         assign.skeleton(opened.spec, opened.tensors, opened.path)
+
+
+def test_more_experts_than_tensors_and_slices_are_not_built(tmp_path):
+    """A config of a few bytes asks for ten layers of 4,096 experts: refused before any is made."""
+    stored = as_stored(dict(assign.theirs(mixture().build(), stacking())), tmp_path / "data")  # two layers of three experts, three tensors each
+    assert assign.skeleton(mixture(), stored, "made").params().total == mixture().build().params().total
+    block = mixture(4096).blocks[0]
+    begun = time.process_time()
+    with pytest.raises(WeightsError, match=r"made: by its config the model has 40960 experts, but there are no more than 37 tensors and slices of tensors"):
+        assign.skeleton(mixture().replace(blocks=(block,) * 10), stored, "made")
+    empty = {n: replace(s, shape=(10**9, 0, 4), nbytes=0) for n, s in stored.items()}  # costs its writer nothing
+    with pytest.raises(WeightsError, match=r"8192 experts, but there are no more than 19 tensors"):
+        assign.skeleton(mixture(4096), empty, "made")
+    assert time.process_time() - begun < 2
+
+
+def test_places_are_those_that_each_parameter_says(folder):
+    """Listed once for all parameters, and looked up one by one."""
+    for given in (model(), mixture().build(device="meta")):
+        place = assign._places(given)
+        for path, _ in given.named_parameters():
+            assert place(path) == assign.place_of(given, path)
+
+
+def test_thousands_of_experts_are_planned_in_a_moment(tmp_path):
+    """No module is asked for what it lacks, no rule matched twice: 2 x 512 experts take a tenth of a second."""
+    stored = as_stored(dict(assign.theirs(mixture(512).build(), stacking())), tmp_path / "data")
+    given = mixture(512).build(device="meta")
+    begun = time.process_time()
+    made = assign.plan(given, stacking(), stored, "made")
+    assert time.process_time() - begun < 2 and len(made.fillings) == len(list(given.named_parameters()))
 
 
 @pytest.mark.parametrize("d", [2**40, 10**12])

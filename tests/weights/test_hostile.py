@@ -6,6 +6,7 @@ Bytes are turned, cut, doubled; lengths, counts and places become enormous; head
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,16 @@ def test_any_index(folder, where):
         held(folder)
     finally:
         file.unlink()
+
+
+def test_a_few_bytes_do_not_ask_for_a_million_modules(whole):
+    """Experts are counted before any is made."""
+    config = CONFIG | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4096, "num_experts_per_tok": 2}
+    config = {k: v for k, v in config.items() if "bias" not in k} | {"num_hidden_layers": 10}
+    (whole / "config.json").write_text(json.dumps(config))
+    begun = time.process_time()
+    assert "40960 experts, but there are no more than 21 tensors and slices of tensors in all" in held(whole)
+    assert time.process_time() - begun < 5
 
 
 # GGUF

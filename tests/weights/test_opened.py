@@ -269,3 +269,23 @@ def test_what_is_opened_can_be_printed(folder):
     assert repr(opened.family) == "Family(Llama: llama)"
     assert "blocks.0.attn.out.weight = Same(model.layers.0.self_attn.o_proj.weight)" in repr(opened.plan)
     assert repr(loaded) == f"Loaded(Decoder of {loaded.model.params().total:,} parameters, no tokenizer, from {folder})"
+
+
+@pytest.mark.parametrize("head", ["LlamaForSequenceClassification", "LlamaModel"])
+def test_another_head_than_a_language_model_s_is_named(folder, head):
+    change(folder, architectures=[head])
+    with pytest.raises(WeightsError, match=f"{head} is not a language model: of decoders only"):
+        weights.open(folder)
+
+
+def test_what_a_gguf_file_has_no_word_for_is_said(tmp_path):
+    norm = gf.RMSNorm(eps=1e-6, offset=1.0, cast="late")
+    attention = gf.Attention(2, d_head=8, position=gf.Rotary(), cap=50.0, scale=8**-0.5)
+    block = gf.Block(attention, gf.Gated(16, act="gelu_tanh"), norm=norm, wiring=gf.Sandwich())
+    local = block.at("attention.mask").set(gf.Window(4))
+    spec = gf.Decoder(61, 16, (local, block), final_norm=norm, tied=True, embedding=gf.Embedding(scale=gf.SqrtWidth()), readout=gf.LanguageModel(cap=30.0))
+    weights.export_gguf(spec.build(seed=0), tmp_path / "m.gguf", type="F32")
+    opened = weights.open(tmp_path / "m.gguf")
+    assert opened.assumed and "assumed: " + opened.assumed[0] in str(opened.load()[1])
+    weights.export_gguf(SPEC.build(seed=0), tmp_path / "llama.gguf", type="F32")
+    assert weights.open(tmp_path / "llama.gguf").assumed == ()

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 from glassformer.core.blocks import dequantise
 from glassformer.core.errors import InputError, WeightsError
 from glassformer.core.tap import Edit, Record
-from glassformer.models import Decoder
+from glassformer.models import Block, Decoder
 from glassformer.models.presets import preset
 from glassformer.parts import packed
 from glassformer.parts.embed import EmbeddingLayer
-from glassformer.parts.packed import PackedEmbedding, PackedLinear, PackedReadOut, Piece, pack, unpack
+from glassformer.parts.latent import LatentAttention
+from glassformer.parts.packed import PackedEmbedding, PackedLinear, PackedReadOut, Piece, pack, packable, unpack
 from glassformer.parts.readout import LanguageModelLayer
 from glassformer.weights.quants import quantise
 
@@ -206,3 +207,12 @@ def test_errors_say_what_does_not_fit() -> None:
         pack(model, {"blocks.0.ffn.down.weight": [block]})
     with pytest.raises(WeightsError, match="rows of 32 and 64 numbers: rows of one matrix are equally long"):
         PackedLinear([block, Piece(torch.zeros(4, 68, dtype=torch.uint8), "Q8_0")])
+
+
+def test_the_way_out_of_a_latent_is_not_packed() -> None:
+    """It is taken apart as a matrix for every token while decoding."""
+    attention = LatentAttention(2, kv_lora_rank=32, d_nope=16, d_rope=16)
+    model = Decoder(61, 64, (Block(attention),)).build(seed=0)
+    assert packable(model, "blocks.0.attn.kv_down.weight") and not packable(model, "blocks.0.attn.kv_up.weight")
+    with pytest.raises(WeightsError, match=r"'blocks\.0\.attn\.kv_up\.weight' cannot stay packed"):
+        pack(model, {"blocks.0.attn.kv_up.weight": pieces(torch.randn(64, 32), "Q8_0")})

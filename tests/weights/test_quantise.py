@@ -16,6 +16,7 @@ from glassformer.core.errors import WeightsError
 from glassformer.core.tap import Edit, Record
 from glassformer.models import Block, Decoder, Encoder, EncoderDecoder
 from glassformer.models.anatomy import bytes_of
+from glassformer.parts import latent
 from glassformer.parts.attention import Attention, matrix_of
 from glassformer.parts.experts import Experts
 from glassformer.parts.feedforward import Gated, Plain
@@ -136,6 +137,22 @@ def test_routers_embeddings_and_read_outs_keep_their_type():
     left = {name for name, x in model.named_parameters() if not hasattr(x, "tensor_data_names")}
     assert {"embed.weight", "readout.matrix", "blocks.0.experts.router.weight"} <= left
     assert "blocks.0.experts.experts.3.down.weight" not in left
+
+
+def test_the_way_out_of_a_latent_keeps_its_type(monkeypatch):
+    """While decoding it is used as a matrix, once a layer and token: few bits would be unpacked each time."""
+    _, model = pair("latent", "int8")
+    layers = quantisable(SPECS["latent"].build(seed=0))
+    assert "blocks.0.attn.kv_down" in layers and "blocks.0.attn.kv_up" not in layers
+    assert type(model.blocks[0].attn.kv_up.weight) is nn.Parameter
+    asked: list[nn.Module] = []
+    monkeypatch.setattr(latent, "matrix_of", lambda layer: (asked.append(layer), matrix_of(layer))[1])
+    (ids,) = inputs(model)
+    cache = model.cache(batch=2, capacity=9)
+    with torch.no_grad():
+        model(ids[:, :4], cache=cache)
+        model(ids[:, 4:5], cache=cache)
+    assert asked == [model.blocks[0].attn.kv_up]
 
 
 # Loading

@@ -129,3 +129,19 @@ def test_files_that_are_wrong_are_named(tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["BertForTokenClassification"]}))
     with pytest.raises(WeightsError, match="pools the states of a bare encoder, but config.json describes Encoder with Tagger"):
         weights.open(folder)
+
+
+def test_a_list_of_modules_that_is_no_list_of_modules_is_not_read(tmp_path):
+    folder = asked(tmp_path, ["Transformer", "Pooling"])
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps(modules) + " " * (1 << 20))
+    with pytest.raises(WeightsError, match=r"modules\.json has 1,048,\d+ bytes, and a list of modules a few hundred: it is another file"):
+        weights.open(folder)
+    (folder / "modules.json").write_text(json.dumps([*modules, {"type": "a" * 100_000}] * 3))
+    with pytest.raises(WeightsError, match="asks for Transformer then Pooling then 'aaa") as caught:
+        weights.open(folder)
+    assert len(str(caught.value)) < 1_000
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling" / "config.json").write_text(" " * (65 << 20))
+    with pytest.raises(WeightsError, match="are not believed of such a file"):
+        weights.open(folder)

@@ -75,7 +75,8 @@ def test_one_file_goes_before_others_beside_it(folder):
 def test_nothing_there(tmp_path):
     for name in ("nowhere", "x" * 5_000, "zero\0byte"):
         with pytest.raises(
-            WeightsError, match=r"There is nothing at .*: give a folder that glassformer wrote, one with config\.json and safetensors files, a \.gguf file, or hf://owner/name"
+            WeightsError,
+            match=r"There is nothing at .*: give a folder that glassformer wrote, one with config\.json and safetensors files, a \.gguf file, or hf://owner/name",
         ):
             find(tmp_path / name)
 

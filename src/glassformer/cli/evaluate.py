@@ -18,9 +18,7 @@ def evaluate(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Windows at a time.")] = 16,
     windows: Annotated[int | None, typer.Option("--windows", min=1, help="At most so many windows, at even distances; by default all.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, bfloat16, ...; by default the file's (float16 becomes float32 on a CPU).")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, ...; by default the file's (float16 becomes float32 on a CPU).")] = None,
     packed: Annotated[bool, typer.Option("--packed", help="Keep the quantised matrices of a .gguf file packed in memory.")] = False,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps; by default the best there is.")] = None,
 ) -> None:

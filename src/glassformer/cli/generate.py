@@ -28,9 +28,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text. Repeatable.")] = None,
     logprobs: Annotated[int, typer.Option("--logprobs", metavar="N", help="One line per token: its probability and the N most probable ones.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a message, put into the model's own chat template.")] = False,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, bfloat16, ...; by default the file's (float16 becomes float32 on a CPU).")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, ...; by default the file's (float16 becomes float32 on a CPU).")] = None,
     packed: Annotated[bool, typer.Option("--packed", help="Keep the quantised matrices of a .gguf file packed in memory.")] = False,
     quantise: Annotated[str | None, typer.Option("--quantise", metavar="KIND", help="int8 or int4: quantise the matrices while loading.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps; by default the best there is.")] = None,

@@ -25,6 +25,8 @@ def inspect(
         for f in plan.fillings:
             print(f"{f.path:{width}}  " + "  ".join(f"{s.name} {list(s.shape)} {s.type}" for s in f.stored))
     print(f"{len(plan.fillings):,} parameters are filled, none is missing")
+    for sentence in opened.assumed:
+        print(f"assumed: {sentence}")
     for copy, original in plan.tied.items():
         print(f"repeats another: {copy} = {original}")
     for name, why in plan.left.items():

@@ -33,7 +33,7 @@ from ..core.errors import TokenizerError
 if TYPE_CHECKING:
     import jinja2
 
-STEPS = 5_000_000
+STEPS = 2_000_000
 """What one rendering may spend: a round of a loop, a filter and 64 characters of a text cost 1, a call 4. Some seconds; real templates take thousands."""
 LONGEST = 16_000_000
 """Characters of a text, items of a list."""
@@ -151,16 +151,16 @@ def _listed(messages: Any) -> list[Any]:
 
 
 def _message(at: int, message: Any) -> dict[str, Any]:
-    """One message as plain data. Entries that are ``None`` stay: templates ask whether a content is none."""
+    """One message as plain data; entries that are ``None`` are left out, as the reference library does: services send them, and templates trip over them."""
     if not isinstance(message, Mapping):
         raise TokenizerError(f"message {at} is {_kind(message)}, not a message: write {{'role': 'user', 'content': 'Hi'}}.")
-    made: dict[str, Any] = {str(key): _plain(value, f"message {at}") for key, value in message.items()}
+    made: dict[str, Any] = {str(key): _plain(value, f"message {at}") for key, value in message.items() if value is not None}
     role = made.get("role")
     if not isinstance(role, str):
-        found = f"its role is {_kind(role)}" if "role" in made else f"it has only {', '.join(map(repr, made)) or 'nothing'}"
+        found = f"its role is {_kind(role)}" if role is not None else f"it has only {', '.join(map(repr, made)) or 'nothing'}"
         raise TokenizerError(f"message {at} has no 'role' that says who speaks ({found}): write 'system', 'user', 'assistant' or 'tool'.")
     content = made.get("content")
-    if content is None and all(made[key] is None for key in made if key != "role"):
+    if content is None and len(made) == 1:
         raise TokenizerError(f"message {at} of the {role} has no 'content': give the text, or '' if it says nothing.")
     if content is not None and not isinstance(content, str):
         if not isinstance(content, list) or not all(isinstance(block, dict) for block in content):
@@ -168,7 +168,7 @@ def _message(at: int, message: Any) -> dict[str, Any]:
         for block in content:
             if not isinstance(block.get("text", ""), str):
                 raise TokenizerError(f"a part of message {at} ({role}) has a 'text' that is {_kind(block['text'])}: give a str.")
-    thought = next((made[name] for name in REASONING if made.get(name) is not None), None)
+    thought = next((made[name] for name in REASONING if name in made), None)
     return made if thought is None else {"thinking": thought, **made, "reasoning_content": thought}
 
 
@@ -371,25 +371,25 @@ def _environment() -> jinja2.Environment:
     class Counting(NodeTransformer):
         """Puts a filter around all that makes texts or takes steps without a call of its own: loops, ``~``, slices, captured blocks, long literals."""
 
-        def visit_For(self, node: Any) -> Any:
+        def visit_For(self, node: Any) -> Any:  # noqa: N802
             self.generic_visit(node)
             node.iter = around(node.iter, "counted")
             return node
 
-        def visit_Concat(self, node: Any) -> Any:
+        def visit_Concat(self, node: Any) -> Any:  # noqa: N802
             self.generic_visit(node)
             return around(nodes.List(node.nodes).set_lineno(node.lineno), "glued")
 
-        def visit_Getitem(self, node: Any) -> Any:
+        def visit_Getitem(self, node: Any) -> Any:  # noqa: N802
             self.generic_visit(node)
             return around(node, "made") if isinstance(node.arg, nodes.Slice) else node
 
-        def visit_AssignBlock(self, node: Any) -> Any:
+        def visit_AssignBlock(self, node: Any) -> Any:  # noqa: N802
             self.generic_visit(node)
             node.filter = nodes.Filter(node.filter, "made", [], [], None, None).set_lineno(node.lineno)
             return node
 
-        def visit_Output(self, node: Any) -> Any:
+        def visit_Output(self, node: Any) -> Any:  # noqa: N802
             self.generic_visit(node)
             long = lambda n: isinstance(n, nodes.TemplateData) and len(n.data) > 64
             node.nodes = [around(nodes.Const(n.data).set_lineno(node.lineno), "literal") if long(n) else n for n in node.nodes]
@@ -462,7 +462,22 @@ def _checked_method(name: str, owner: Any, values: tuple[Any, ...], named: Mappi
     return values
 
 
-WRITES = ("string", "pprint", "upper", "lower", "capitalize", "title", "trim", "truncate", "striptags", "urlize", "urlencode", "escape", "e", "forceescape")
+WRITES: tuple[str, ...] = (
+    "string",
+    "pprint",
+    "upper",
+    "lower",
+    "capitalize",
+    "title",
+    "trim",
+    "truncate",
+    "striptags",
+    "urlize",
+    "urlencode",
+    "escape",
+    "e",
+    "forceescape",
+)
 WRITES += ("safe", "wordcount", "wordwrap", "xmlattr", "center", "replace", "indent", "format")
 """Filters that write their value out as a text first."""
 

@@ -94,7 +94,8 @@ def plan(model: Any, family: Family, tensors: Mapping[str, Stored], file: Any) -
     """Settle who fills whom. Raises :class:`WeightsError` with the first disagreements."""
     family = family.fitted(model.spec)
     names = _canonical(family, tensors)
-    made, claimed, missing = Plan(), set(), []
+    made, missing = Plan(), []
+    claimed: set[str] = set()
     taken: dict[str, int] = {}
     place = _places(model)
     checked: set[Any] = set()
@@ -151,9 +152,7 @@ def _canonical(family: Family, tensors: Mapping[str, Stored]) -> dict[str, Store
 
     found: dict[str, Stored] = {}
     for name, stored in tensors.items():
-        known = next(
-            (n for n in (name, family.prefix + name, *(name.removeprefix(p) for p in family.strips if name.startswith(p))) if known_name(n)), name
-        )
+        known = next((n for n in (name, family.prefix + name, *(name.removeprefix(p) for p in family.strips if name.startswith(p))) if known_name(n)), name)
         if known in found:
             raise WeightsError(
                 f"{stored.file}: {shown(found[known].name)} and {shown(name)} both mean {known!r} in the family {family.name}: nobody can say which is right. "

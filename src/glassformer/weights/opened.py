@@ -58,6 +58,8 @@ class Report:
     dtype: str
     bytes: int
     seconds: float
+    assumed: tuple[str, ...] = ()
+    """What a GGUF file has no word for, and what is taken for granted in its place."""
 
     def __str__(self) -> str:
         lines = [
@@ -66,6 +68,7 @@ class Report:
             f"{self.seconds:.2f} s ({self.bytes / 1e9 / max(self.seconds, 1e-9):.2f} GB/s)",
             "  missing: none",
         ]
+        lines += [f"  assumed: {sentence}" for sentence in self.assumed]
         lines += [f"  repeats another: {copy} = {original}" for copy, original in self.tied.items()]
         for why in dict.fromkeys(self.left.values()):
             names = [n for n, w in self.left.items() if w == why]
@@ -153,6 +156,15 @@ class Opened:
         file = self.path / SETTINGS
         return read_json(file) if self.kind != "gguf" and file.exists() else {}
 
+    @cached_property
+    def assumed(self) -> tuple[str, ...]:
+        """What a GGUF file has no word for, and what is taken for granted in its place; nothing of other formats."""
+        if self.kind != "gguf":
+            return ()
+        from .families import gguf_names
+
+        return gguf_names.assumed(self.found.metadata, self.found.tensors, self.found.path)
+
     @property
     def plan(self) -> Plan:
         """Which tensor fills which parameter."""
@@ -209,7 +221,7 @@ class Opened:
         size = sum(bytes_of(x) for x in (*model.parameters(), *model.buffers()))
         name = str(kind).removeprefix("torch.") + (", quantised matrices packed" if packed else "") + _blocks_in(quantise)
         model.origin = own.origin({"config": self.config, "generation": self.generation})
-        return model.eval(), Report(self.path, self.family.name, used, plan.tied, plan.left, name, size, time.perf_counter() - start)
+        return model.eval(), Report(self.path, self.family.name, used, plan.tied, plan.left, name, size, time.perf_counter() - start, self.assumed)
 
     def _load_own(self, dtype: str | torch.dtype | None, device: torch.device, start: float, quantise: str | None) -> tuple[Any, Report]:
         if quantise == "int4" and dtype is None:

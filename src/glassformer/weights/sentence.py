@@ -40,8 +40,8 @@ def with_modules(spec: Any, folder: Path) -> Any:
     names = [kind for kind, _ in kinds]
     if names[:2] != ["Transformer", "Pooling"] or names[2:] not in ([], ["Normalize"]) or kinds[0][1]:
         raise WeightsError(
-            f"{file} asks for {' then '.join(map(_short, names[:8])) or 'nothing'}, but only Transformer then Pooling, and Normalize after them, are supported: "
-            "another module would change the vectors. To have the encoder's states, remove modules.json."
+            f"{file} asks for {' then '.join(map(_short, names[:8])) or 'nothing'}, but only Transformer then Pooling, and Normalize after them, are "
+            "supported: another module would change the vectors. To have the encoder's states, remove modules.json."
         )
     return spec.replace(readout=Vector(pool=_pool(folder, kinds[1][1], spec.d_model), normalise=names[2:] == ["Normalize"]))
 

@@ -365,6 +365,8 @@ def test_what_files_of_other_programs_repeat_is_no_matter():
     for name in ("gpt2", "opt-125m", "Llama-2-7b", "Qwen2.5-0.5B", "Phi-4-mini", "Mixtral-8x7B"):
         values = PUBLISHED[name][0]
         assert read(values | words | pair) == read(values), name
+    with pytest.raises(WeightsError, match="sliding_window is 4096, which is not understood here"):
+        read(LLAMA2 | {"sliding_window": 4096})
     assert read(LLAMA2 | window) == read(LLAMA2) and read(QWEN25 | {"attention_bias": True}) == read(QWEN25)
     assert read(decoders.PYTHIA | pair) == read(decoders.PYTHIA) and read(decoders.GPTJ | pair) == read(decoders.GPTJ)
     assert read(encoders.DISTILBERT | {"layer_norm_eps": 1e-5}) == read(encoders.DISTILBERT)

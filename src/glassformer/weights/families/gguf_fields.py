@@ -33,6 +33,11 @@ class Said:
 
     def __init__(self, metadata: Mapping[str, Any], tensors: Mapping[str, Stored], file: Path, arch: str):
         self.metadata, self.tensors, self.file, self.arch = metadata, tensors, file, arch
+        self.assumed: list[str] = []
+
+    def assume(self, sentence: str) -> None:
+        """Note what the file does not say and the fields do."""
+        self.assumed.append(sentence)
 
     def __call__(self, key: str, default: Any = ...) -> Any:
         """A value: floats as the shortest number that they can mean, an array of equal values as the value. Without a default it must be there."""
@@ -47,6 +52,10 @@ class Said:
                 raise WeightsError(f"{self.file}: {name} differs from layer to layer ({', '.join(map(str, value[:6]))} …), which is not supported here.")
             value = value[0].item()
         return float(str(np.float32(value))) if isinstance(value, float) else value  # written as float32: 1e-05, not 9.99999974e-06
+
+    def gives(self, key: str) -> bool:
+        """Whether the file has a key."""
+        return f"{self.arch}.{key}" in self.metadata
 
     def has(self, tensor: str) -> bool:
         """Whether the file holds a tensor."""
@@ -75,6 +84,15 @@ class Architecture:
 
 def config(metadata: Mapping[str, Any], tensors: Mapping[str, Stored], file: Path) -> Fields:
     """The fields of config.json that a GGUF file says. Raises :class:`WeightsError` for an architecture that is not supported."""
+    return _read(metadata, tensors, file)[0]
+
+
+def assumed(metadata: Mapping[str, Any], tensors: Mapping[str, Stored], file: Path) -> tuple[str, ...]:
+    """What the format has no word for, or this file does not use it, and was taken for granted: a sentence each, for people."""
+    return tuple(_read(metadata, tensors, file)[1].assumed)
+
+
+def _read(metadata: Mapping[str, Any], tensors: Mapping[str, Stored], file: Path) -> tuple[Fields, Said]:
     name = metadata.get("general.architecture")
     if not isinstance(name, str):
         raise WeightsError(f"{file} lacks 'general.architecture': it is a GGUF file, but not of a language model.")
@@ -82,7 +100,7 @@ def config(metadata: Mapping[str, Any], tensors: Mapping[str, Stored], file: Pat
         raise WeightsError(f"{file}: the architecture {name[:60]!r} is not supported.{did_you_mean(name, ARCHITECTURES)} Known: {', '.join(ARCHITECTURES)}.")
     said, arch = Said(metadata, tensors, file, name), ARCHITECTURES[name]
     try:
-        return _config(said, arch)
+        return _config(said, arch), said
     except (TypeError, ValueError, ZeroDivisionError, OverflowError, IndexError) as error:
         if isinstance(error, WeightsError):
             raise
@@ -90,9 +108,10 @@ def config(metadata: Mapping[str, Any], tensors: Mapping[str, Stored], file: Pat
 
 
 def _config(said: Said, arch: Architecture) -> Fields:
-    for key, most in (("block_count", len(said.tensors)), ("expert_count", max((max(t.shape, default=1) for t in said.tensors.values()), default=1))):
+    stacked = max((t.shape[0] for t in said.tensors.values() if len(t.shape) > 2 and t.nbytes), default=0)  # all experts of a layer in one tensor
+    for key, most in (("block_count", len(said.tensors)), ("expert_count", max(len(said.tensors), stacked))):
         if said(key, 0) > most:
-            raise WeightsError(f"{said.file}: {arch.name}.{key} is {said(key)}, but the file holds no more than {most} tensors or rows: it is damaged.")
+            raise WeightsError(f"{said.file}: {arch.name}.{key} is {said(key)}, but the file holds no more than {most} tensors or slices: it is damaged.")
     fields = {ours: value for ours, theirs in arch.table if (value := said(theirs, None)) is not None}
     return {k: v for k, v in (fields | {"vocab_size": said.rows("token_embd.weight")} | arch.read(said)).items() if v is not None}
 
@@ -277,6 +296,8 @@ def _llama_back(fields: Fields) -> dict[str, Any]:
 def _windows(said: Said, every: int) -> Fields:
     """Layers with a window, and one without after ``every - 1`` of them."""
     n = said("block_count")
+    if not said.gives("attention.sliding_window_pattern"):
+        said.assume(f"the last of every {every} layers sees all tokens, the others a window (attention.sliding_window_pattern is not there), as llama.cpp does")
     kinds = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(n)]
     return {"layer_types": kinds}
 
@@ -287,6 +308,12 @@ def _gemma(said: Said, kind: str, largest: int = 0) -> Fields:
     if kind != "gemma":
         across = said("embedding_length") // said("attention.head_count")
         made["query_pre_attn_scalar"] = across if said("block_count") == largest else made["head_dim"]
+        why = (
+            f"a model of {largest} blocks: its width by its heads"
+            if said("block_count") == largest
+            else f"a model of other than {largest} blocks: a head's size"
+        )
+        said.assume(f"attention scores are divided by the root of {made['query_pre_attn_scalar']} ({why}; the format has no word for it), as llama.cpp does")
     return made
 
 
@@ -304,7 +331,10 @@ def _gemma3_back(fields: Fields) -> dict[str, Any]:
 def _gpt_oss(said: Said) -> Fields:
     made = _decoder(said, "gpt_oss", attention_bias=True) | _windows(said, 2)
     if made["rope_parameters"]["rope_type"] == "yarn":
-        made["rope_parameters"]["truncate"] = False  # as it was trained; the format has no word for it
+        made["rope_parameters"]["truncate"] = False
+        said.assume(
+            "the borders of YaRN's blend are not rounded (truncate is false), as GPT-OSS was trained; the format has no word for it, and llama.cpp rounds them"
+        )
     return made
 
 
@@ -324,6 +354,8 @@ def _deepseek(said: Said) -> Fields:
         "tie_word_embeddings": not said.has("output.weight"),
         "rope_parameters": rope(said, rope_dim),
     }
+    if not said.gives("expert_group_count") and said("expert_count", 0):
+        said.assume("experts are chosen among all and not by groups (expert_group_count is not in the file), as llama.cpp does")
     groups, kept = said("expert_group_count", 1), said("expert_group_used_count", 1)
     made |= {"topk_method": "noaux_tc" if third else "group_limited_greedy" if groups > 1 else "greedy", "scoring_func": "sigmoid" if third else "softmax"}
     made |= {"n_group": groups, "topk_group": kept}
@@ -357,6 +389,11 @@ def _neox(said: Said) -> Fields:
     head = said("embedding_length") // said("attention.head_count")
     made: Fields = {"model_type": "gpt_neox", "rope_parameters": rope(said, head), "attention_bias": said.has("blk.0.attn_qkv.bias")}
     return made | {"tie_word_embeddings": not said.has("output.weight"), "hidden_act": "gelu"}
+
+
+def _qwen3_moe(said: Said) -> Fields:
+    said.assume("the weights of the chosen experts are divided by their sum (norm_topk_prob; the format has no word for it), as llama.cpp does")
+    return _decoder(said, "qwen3_moe", norm_topk_prob=True, attention_bias=said.has("blk.0.attn_q.bias"))
 
 
 def _gpt2(said: Said) -> Fields:
@@ -446,7 +483,7 @@ _ALL = (
         "qwen3moe",
         ("qwen3_moe",),
         (*COMMON, *CHOSEN, ("num_experts", "expert_count"), ("moe_intermediate_size", "expert_feed_forward_length")),
-        lambda said: _decoder(said, "qwen3_moe", norm_topk_prob=True, attention_bias=said.has("blk.0.attn_q.bias")),
+        _qwen3_moe,
         _sizes,
     ),
     Architecture(

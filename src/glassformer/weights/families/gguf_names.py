@@ -19,7 +19,7 @@ from torch import Tensor
 from ..family import Family
 from ..rules import Form, Place, Rule
 from ..stored import Stored
-from .gguf_fields import ARCHITECTURES, architecture_of, config, metadata
+from .gguf_fields import ARCHITECTURES, architecture_of, assumed, config, metadata
 
 
 class Paired(Form):
@@ -186,4 +186,4 @@ def dialect(family: Family, spec: Any, tensors: Mapping[str, Stored]) -> tuple[F
     return replace(family, rules=rules(arch), tied=tied, ignored=FREQUENCIES, unused=(), prefix="", strips=(), by_spec=None), spec
 
 
-__all__ = ["ARCHITECTURES", "OTHERWISE", "TABLE", "OutOfLatent", "Paired", "PlusOne", "config", "dialect", "metadata", "rules"]
+__all__ = ["ARCHITECTURES", "OTHERWISE", "TABLE", "OutOfLatent", "Paired", "PlusOne", "assumed", "config", "dialect", "metadata", "rules"]

@@ -55,6 +55,10 @@ def no_pair(c: Config) -> None:
 
 def decoder(c: Config, blocks: Sequence[Block], **more: Any) -> Decoder:
     """The stack around blocks, with the usual names; ``tie_word_embeddings`` is off unless ``tied`` says otherwise."""
+    named = c.values.get("architectures") or []
+    head = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else "ForCausalLM"
+    if not head.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+        raise WeightsError(f"{c.file}: {head[:60]} is not a language model: of decoders only those that predict the next token (...ForCausalLM) are supported.")
     tied = c.flag("tie_word_embeddings", more.pop("tied", False))
     no_pair(c)
     return Decoder(c.whole("vocab_size"), c.whole("hidden_size"), tuple(blocks), tied=tied, **more)
@@ -132,7 +136,8 @@ def spec(c: Config) -> Decoder:
     norm = RMSNorm(eps=c.number("rms_norm_eps", 1e-6))
     c.only("rope_interleaved", False)
     c.only("use_sliding_window", False)
-    c.ignore("sliding_window" if "use_sliding_window" in c.values else "use_sliding_window", "max_window_layers")  # of a window that is not used
+    if "use_sliding_window" in c.values:
+        c.ignore("sliding_window", "max_window_layers")  # of a window that is not used
     biased = c.flag("attention_bias", False)
     block = Block(
         attention(c, rotary(c), qkv_bias=biased, out_bias=biased),
