@@ -25,7 +25,7 @@ from glassformer.core.errors import WeightsError
 from .embed import EmbeddingLayer
 from .readout import LanguageModelLayer
 
-AT_ONCE = 1 << 24  # numbers unpacked at a time: a matrix above it (a vocabulary's, 64 MB) is used by strips
+AT_ONCE = 1 << 18  # numbers unpacked at a time: a megabyte, which a core keeps by itself; the product reads it from there (docs/log.md)
 
 
 class Piece(NamedTuple):

@@ -20,7 +20,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from glassformer.core.errors import WeightsError
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
     from glassformer.text import Tokenizer
 
 SETTINGS = "generation_config.json"
-LARGE = 8 << 20  # bytes from which a parameter is put into large pages, whose last one is seldom full
 READERS = 2  # threads that read tensors: more only wait for each other (docs/log.md)
 
 
@@ -283,16 +281,11 @@ def _read_all(fillings: Sequence[Filling], model: Any, device: torch.device) -> 
 
 def _filled(filling: Filling, like: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A parameter's values, read straight into its own memory where the form allows."""
-    out = _memory(like) if like.numel() * like.element_size() >= LARGE else torch.empty_like(like, device="cpu")
+    out = torch.empty_like(like, device="cpu")
     filling.form.fill(out, filling.stored, filling.place)
     if out.dtype == torch.float16 and any(s.type != "F16" for s in filling.stored) and not torch.isfinite(out).all():
         raise WeightsError(f"{filling.path} holds numbers that float16 cannot (above 65,504): load it as bfloat16 or float32.")
     return out.to(device)
-
-
-def _memory(like: torch.Tensor) -> torch.Tensor:
-    """Fresh memory in large pages, which numpy asks the system for and torch does not: the first touch of small ones is half the time of reading."""
-    return torch.from_numpy(np.empty(like.numel() * like.element_size(), dtype=np.uint8)).view(like.dtype).view(like.shape)
 
 
 def _check_tied(plan: Plan, tensors: dict[str, Stored]) -> None:
