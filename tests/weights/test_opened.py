@@ -249,6 +249,8 @@ def test_our_own_folder_is_quantised_and_refuses_packed_whatever_lies_beside_it(
     assert any(hasattr(x, "tensor_data_names") for x in gf.load(tmp_path / "own", quantise="int8").model.parameters())
     with pytest.raises(WeightsError, match="no quantised tensors that could stay packed"):
         gf.load(tmp_path / "own", packed=True)
+    with pytest.raises(WeightsError, match="no quantised tensors that could stay packed"):
+        weights.open(tmp_path / "own").load(packed=True)
 
 
 def test_few_bits_do_not_learn(tmp_path):

@@ -20,7 +20,7 @@ def convert(
     dtype: Annotated[str | None, typer.Option("--dtype", help="Of a folder's tensors: float32, bfloat16, float16; by default as the source has them.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over what is there.")] = False,
 ) -> None:
-    """Write a model in another format: tokenizer, chat template and generation settings travel along."""
+    """Write a model in another format. Tokenizer and chat template travel along; generation settings between folders (a .gguf file has the end tokens)."""
     from ..weights import export_gguf, export_hf, open, save
     from .models import is_checkpoint, open_model
 

@@ -187,6 +187,8 @@ class Opened:
         """
         start = time.perf_counter()
         where = device_named("cpu" if device is None else device)
+        if packed and not any(s.quantised for s in self.tensors.values()):
+            raise WeightsError(f"{self.path} holds no quantised tensors that could stay packed: leave packed out, or open a .gguf file.")
         if self.family is None:
             return self._load_own(dtype, where, start, quantise)
         model, plan = self._settled()
@@ -203,9 +205,6 @@ class Opened:
         kept: set[str] = set()
         if packed:
             from . import packing
-
-            if not any(s.quantised for s in self.tensors.values()):
-                raise WeightsError(f"{self.path} holds no quantised tensors that could stay packed: leave packed out.")
 
             kept = packing.keep(model, plan, kind, where)
         model.to(kind)  # on the meta device: says the type of each parameter, which a part may keep wider than the rest
@@ -313,10 +312,8 @@ def load(
     In one word :func:`open` and :meth:`Opened.load`; of a foreign checkpoint ``extra`` holds its ``config`` and ``generation`` settings.
     """
     opened = open(path)
-    if opened.family is None:
+    if opened.family is None and not packed:
         loaded = own.load(opened.path, device, dtype)
-        if packed:
-            raise WeightsError(f"{opened.path} holds no quantised tensors that could stay packed: leave packed out, or open a .gguf file.")
         return loaded if quantise is None else loaded._replace(model=quantise_all(loaded.model, quantise))
     model, report = opened.load(dtype, device, packed=packed, quantise=quantise)
     return own.Loaded(model, opened.tokenizer, dict(model.origin), report)
