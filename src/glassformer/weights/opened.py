@@ -187,6 +187,8 @@ class Opened:
         """
         start = time.perf_counter()
         where = device_named("cpu" if device is None else device)
+        if packed and quantise is not None:
+            raise WeightsError("packed=True keeps the file's own quantised matrices, quantise makes new ones: leave one of them out.")
         if packed and not any(s.quantised for s in self.tensors.values()):
             raise WeightsError(f"{self.path} holds no quantised tensors that could stay packed: leave packed out, or open a .gguf file.")
         if self.family is None:
@@ -196,8 +198,6 @@ class Opened:
         if not kind.is_floating_point:
             raise WeightsError(f"A model computes in a floating type, but {kind} was asked for: quantise='int8' keeps its matrices in 8 bits.")
         if quantise is not None:
-            if packed:
-                raise WeightsError("packed=True keeps the file's own quantised matrices, quantise makes new ones: leave one of them out.")
             kind = dtype_for(quantise, kind) if dtype is None else kind
             check_quantise(quantise, where, kind)
         layers = {} if quantise is None else {f"{path}.weight": (path, layer) for path, layer in quantisable(model).items()}
