@@ -35,7 +35,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
-app.command("look")(look.look)
+app.add_typer(look.app, name="look")
 app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
 app.command("dimensions")(dimensions.dimensions)

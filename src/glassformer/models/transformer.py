@@ -215,6 +215,27 @@ class TransformerModel(Anatomy, nn.Module):
         y: Tensor = self.readout(h if normed else self.final_norm(h, p), p)
         return y
 
+    def resume(self, x: Tensor, layer: int, *, keep: int | Tensor | None = None, tap: Tap | None = None, path: str = "", **options: Any) -> Tensor:
+        """Logits from the stream ``x`` [b t d] that enters block ``layer`` (the site ``blocks.{layer}.resid_pre``): what is left of a forward pass.
+
+        ``layer`` equal to the number of blocks leaves final norm and read-out. Options as in :meth:`forward`; a cache goes on from the tokens that
+        it holds, in the blocks that run. ``model(tokens) == model.resume(resid_pre, layer)`` to the bit, for every layer.
+        Raises :class:`InputError` for a stream or a layer that this model has not.
+        """
+        names = ("positions", "mask", "lengths", "cache", "memory", "memory_lengths", "aux")
+        if unknown := [o for o in options if o not in names]:
+            raise InputError(f"resume() takes no option {unknown[0]!r}; it takes keep, tap, path, {', '.join(names)}.")
+        if not isinstance(layer, int) or not 0 <= layer <= len(self.blocks):
+            raise InputError(f"This model has {len(self.blocks)} blocks, so a pass goes on at block 0 to {len(self.blocks)}; {layer!r} was given.")
+        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[-1] != self.spec.d_model:
+            shape = tuple(x.shape) if isinstance(x, Tensor) else described(type(x))
+            raise InputError(f"The stream is {shape}, but this model's blocks read [batch, position, d_model={self.spec.d_model}].")
+        filled: dict[str, Any] = dict.fromkeys(names) | options
+        p = self._pass(x, **filled, tap=tap, path=path)
+        h = self._blocks(x, p, layer)
+        y: Tensor = self.readout(kept(h, keep), p)
+        return y
+
     def _run(
         self,
         tokens: Tensor | None,
@@ -242,6 +263,23 @@ class TransformerModel(Anatomy, nn.Module):
         if inputs_embeds is not None and (inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.embed.width):
             width = f"{'d_model' if self.embed.width == self.spec.d_model else 'width of its table'}={self.embed.width}"
             raise InputError(f"inputs_embeds have shape {tuple(inputs_embeds.shape)}, but this model reads [batch, position, {width}].")
+        p = self._pass(given, positions, mask, lengths, cache, memory, memory_lengths, tap, aux, path)
+        return self._blocks(self.embed(tokens, inputs_embeds, types, self.position, p), p), p
+
+    def _pass(
+        self,
+        given: Tensor,
+        positions: Tensor | None,
+        mask: Mask | None,
+        lengths: Sequence[int] | Tensor | None,
+        cache: Cache | None,
+        memory: Tensor | None,
+        memory_lengths: Sequence[int] | Tensor | None,
+        tap: Tap | None,
+        aux: Ledger | None,
+        path: str,
+    ) -> Pass:
+        """The side inputs of a call on ``given`` [b t ..]."""
         b, t, device = given.shape[0], given.shape[1], given.device
         if t == 0:
             raise InputError("The rows hold no tokens: a model needs at least one position.")
@@ -259,7 +297,7 @@ class TransformerModel(Anatomy, nn.Module):
         real = None if counts is None else torch.as_tensor(counts, device=device)
         if real is not None and not isinstance(self.spec.mask, Causal):
             rule = rule & Padding(real)
-        p = Pass(
+        return Pass(
             positions=index if positions is None else positions,
             index=index,
             mask=rule,
@@ -274,13 +312,16 @@ class TransformerModel(Anatomy, nn.Module):
             path=path,
             shared=self._shared(index, cache),
         )
-        x = self.embed(tokens, inputs_embeds, types, self.position, p)
+
+    def _blocks(self, x: Tensor, p: Pass, first: int = 0) -> Tensor:
+        """From the stream that enters block ``first`` to the stream after the final norm."""
         for i, block in enumerate(self.blocks):
-            x = block(x, p.layer(i))
+            if i >= first:
+                x = block(x, p.layer(i))
         x = p.see(sites.RESID_FINAL, self.final_norm(x, p.at("final_norm")))
-        if cache is not None:
-            cache.close()
-        return x, p
+        if p.cache is not None:
+            p.cache.close()
+        return x
 
     def _shared(self, index: Tensor, cache: Cache | None) -> dict[str, Any]:
         """What all layers have in common from the start: a bias of the model's own."""

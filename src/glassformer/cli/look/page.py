@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 
-def look(
+def page(
     text: Annotated[str, typer.Argument(help="The text to look at.")],
     model: Annotated[
         str, typer.Option("--model", "-m", metavar="MODEL", help="A trained model: its folder (ours, or from the hub), a .gguf file, or hf://owner/name.")
@@ -19,9 +19,9 @@ def look(
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps; by default the best there is.")] = None,
 ) -> None:
     """Run a text through a model and write one self-contained HTML page: tokens, attention, predictions."""
-    from ..look.page import write_page
-    from .models import open_model, tokenizer_of
+    from ...look.page import write_page
+    from ..models import open_model, tokenizer_of
 
     loaded = open_model(model, device, dtype, packed)
-    page = write_page(out, loaded.model, tokenizer_of(loaded, model), text, title=Path(model).name)
-    print(f"wrote {page} ({page.stat().st_size / 1e6:.1f} MB): open it in a browser")
+    written = write_page(out, loaded.model, tokenizer_of(loaded, model), text, title=Path(model).name)
+    print(f"wrote {written} ({written.stat().st_size / 1e6:.1f} MB): open it in a browser")

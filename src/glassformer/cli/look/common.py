@@ -1,0 +1,65 @@
+"""What the commands of ``glassformer look`` have in common: how a model is named, and where an answer goes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ...core.errors import InputError
+
+if TYPE_CHECKING:
+    from ...look.result import Result
+    from ...weights.own import Loaded
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", metavar="MODEL", help="A trained model: its folder (ours, or from the hub), a .gguf file, or hf://owner/name.")
+]
+Out = Annotated[
+    list[Path] | None,
+    typer.Option("--out", "-o", metavar="FILE", help="Write the answer too; the ending says as what: .png .svg .pdf .html .json .csv. Repeatable."),
+]
+Rows = Annotated[int, typer.Option("--rows", min=1, help="Rows of the table that are printed; files hold all.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, ...; by default the file's (float16 becomes float32 on a CPU).")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps; by default the best there is.")]
+Source = Annotated[str | None, typer.Option("--source", metavar="TEXT", help="What an encoder-decoder's encoder reads.")]
+Position = Annotated[str | None, typer.Option("--position", metavar="N_OR_WORD", help="A position, counted from 0 (-1 is the last), or a word of the text.")]
+Target = Annotated[
+    list[str] | None,
+    typer.Option("--target", "-t", metavar="TOKEN", help="The token that is asked about; twice for the difference of two. By default the model's own choice."),
+]
+
+
+def open_loaded(model: str, device: str | None = None, dtype: str | None = None) -> Loaded:
+    """The model and its tokenizer, ready to run."""
+    from ..models import open_model
+
+    return open_model(model, device, dtype)
+
+
+def position_of(given: str | None) -> int | str | None:
+    """``"3"`` and ``"-1"`` are numbers, all else is a word of the text."""
+    return given if given is None or not given.lstrip("-").isdigit() else int(given)
+
+
+def target_of(given: list[str] | None) -> str | tuple[str, str] | None:
+    """No token, one, or two whose logits are subtracted. Raises :class:`InputError` for more."""
+    if not given:
+        return None
+    if len(given) > 2:
+        raise InputError(f"--target was given {len(given)} times, but a target is one token, or two whose logits are subtracted.")
+    return given[0] if len(given) == 1 else (given[0], given[1])
+
+
+def show(result: Result, out: list[Path] | None = None, rows: int = 40) -> None:
+    """Print the answer as a table, and write it wherever ``--out`` says."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console = Console(file=sys.stdout, highlight=False, width=160, color_system=None)
+    console.print(result.table(rows))
+    for path in out or ():
+        print(f"wrote {result.save(path)}")

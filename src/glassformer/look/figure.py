@@ -1,0 +1,152 @@
+"""How figures look: one set of colours, light and dark, and the three forms that most answers take.
+
+heatmap   a number for every pair (layer and position, query and key): one colour up, or two away from zero
+lines     a number along an axis, one line for each of a few names
+bars      a number for each of some names, the largest first
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a figure."""
+
+    dark: bool
+    paper: str
+    ink: str
+    dim: str
+    grid: str
+    series: tuple[str, ...]
+    """Told apart by eyes of every kind, and in print; at most eight lines stand in one figure."""
+
+
+LIGHT = Theme(False, "#ffffff", "#1a2027", "#55606d", "#e2e6eb", _ON_WHITE)
+DARK = Theme(True, "#12151a", "#e7eaee", "#a3adba", "#2a323c", _ON_BLACK)
+
+MOST_LABELS = 48
+"""Names along an axis; of more, every second, third, … is written."""
+
+
+def new_figure(size: tuple[float, float], dark: bool = False) -> tuple[Figure, Theme]:
+    """An empty figure that belongs to nobody else (no pyplot), and its theme."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    theme = DARK if dark else LIGHT
+    figure = Figure(figsize=size, dpi=110, layout="constrained", facecolor=theme.paper)
+    FigureCanvasAgg(figure)
+    return figure, theme
+
+
+def dress(axes: Axes, theme: Theme, title: str = "", x: str = "", y: str = "", grid: bool = True) -> None:
+    """Title, axis names, colours."""
+    axes.set_facecolor(theme.paper)
+    axes.set_title(plain_text(title), color=theme.ink, fontsize=11, loc="left")
+    axes.set_xlabel(x, color=theme.dim, fontsize=9)
+    axes.set_ylabel(y, color=theme.dim, fontsize=9)
+    axes.tick_params(colors=theme.dim, labelsize=8)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme.grid)
+    if grid:
+        axes.grid(color=theme.grid, linewidth=0.8)
+        axes.set_axisbelow(True)
+
+
+def heatmap(
+    axes: Axes,
+    theme: Theme,
+    values: Any,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    title: str = "",
+    x: str = "",
+    y: str = "",
+    label: str = "",
+    signed: bool = False,
+    texts: Sequence[Sequence[str]] | None = None,
+    limit: float | None = None,
+) -> None:
+    """[rows columns] as colours, NaN left empty.
+
+    ``signed``: two colours away from zero. ``texts``: written into the cells. ``limit``: the value of the full colour.
+    """
+    data = np.ma.masked_invalid(np.asarray(values, dtype=float))
+    finite = np.abs(data.compressed())
+    top = limit if limit is not None else float(finite.max()) if finite.size else 1.0
+    top = top or 1.0
+    low = -top if signed else min(0.0, float(data.min()) if finite.size else 0.0)
+    image = axes.imshow(data, aspect="auto", cmap=colours(theme, signed), vmin=low, vmax=top, interpolation="nearest")
+    dress(axes, theme, title, x, y, grid=False)
+    _ticks(axes, "x", columns)
+    _ticks(axes, "y", rows)
+    bar = axes.figure.colorbar(image, ax=axes, fraction=0.04, pad=0.01)
+    bar.set_label(label, color=theme.dim, fontsize=9)
+    bar.ax.tick_params(colors=theme.dim, labelsize=8)
+    bar.outline.set_visible(False)
+    if texts is not None:
+        for i, row in enumerate(texts):
+            for j, text in enumerate(row):
+                strong = abs(float(np.ma.filled(data[i, j], 0.0))) > 0.55 * top
+                ink = theme.paper if strong else theme.ink
+                axes.text(j, i, plain_text(text), ha="center", va="center", fontsize=7, color=ink)
+
+
+def lines(axes: Axes, theme: Theme, x: Sequence[float], named: Mapping[str, Any], *, title: str = "", x_name: str = "", y_name: str = "") -> None:
+    """One line per name."""
+    for i, (name, values) in enumerate(named.items()):
+        axes.plot(
+            x, np.asarray(values, dtype=float), label=plain_text(name), color=theme.series[i % len(theme.series)], linewidth=1.8, marker="o", markersize=3
+        )
+    dress(axes, theme, title, x_name, y_name)
+    if len(named) > 1 or any(named):
+        axes.legend(fontsize=8, labelcolor=theme.ink, facecolor=theme.paper, edgecolor=theme.grid)
+
+
+def bars(axes: Axes, theme: Theme, names: Sequence[str], values: Any, *, title: str = "", x: str = "") -> None:
+    """A bar to the side for each name, the first on top; what is below zero in the second colour."""
+    numbers = np.asarray(values, dtype=float)
+    axes.barh(range(len(names)), numbers, color=[theme.series[0] if v >= 0 else theme.series[1] for v in np.nan_to_num(numbers)])
+    axes.set_yticks(range(len(names)), [plain_text(n) for n in names])
+    axes.invert_yaxis()
+    dress(axes, theme, title, x)
+    axes.grid(axis="y", visible=False)
+
+
+def colours(theme: Theme, signed: bool) -> Any:
+    """The colour map: matplotlib's own on white, one that begins at the paper's colour on black."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    if not theme.dark:
+        return "RdBu_r" if signed else "Blues"
+    if signed:
+        return LinearSegmentedColormap.from_list("dusk", ["#7db8f0", "#2a5f96", theme.paper, "#a3491a", "#ffb27d"])
+    return LinearSegmentedColormap.from_list("glow", [theme.paper, "#1f5a94", "#6fb3ec", "#d7ecff"])
+
+
+def plain_text(text: str) -> str:
+    """A label as it is: matplotlib would set what stands between two dollar signs as a formula."""
+    return text.replace("$", r"\$")
+
+
+def _ticks(axes: Axes, which: str, names: Sequence[str]) -> None:
+    step = -(-len(names) // MOST_LABELS)
+    places = range(0, len(names), step)
+    labels = [plain_text(names[i]) for i in places]
+    if which == "x":
+        upright = max(map(len, labels), default=0) * len(labels) < 90
+        axes.set_xticks(places, labels, rotation=0 if upright else 60, ha="center" if upright else "right", rotation_mode=None if upright else "anchor")
+    else:
+        axes.set_yticks(places, labels)
