@@ -10,7 +10,36 @@ import glassformer as gf
 from glassformer.parts.feedforward import Gated, Plain
 
 V, D = 31, 16
-WORDS = "the old man saw a red fox and the dog ran home to Rome or Paris when it rained , said Mary . John gave Tom one big".split()
+WORDS = [
+    "the",
+    "old",
+    "man",
+    "saw",
+    "a",
+    "red",
+    "fox",
+    "and",
+    "the",
+    "dog",
+    "ran",
+    "home",
+    "to",
+    "Rome",
+    "or",
+    "Paris",
+    "when",
+    "it",
+    "rained",
+    ",",
+    "said",
+    "Mary",
+    ".",
+    "John",
+    "gave",
+    "Tom",
+    "one",
+    "big",
+]
 
 
 def words() -> Any:

@@ -31,6 +31,8 @@ class Theme:
     """Told apart by eyes of every kind, and in print; at most eight lines stand in one figure."""
 
 
+_ON_WHITE = ("#1f5a94", "#c2410c", "#2f7d4f", "#8b5fbf", "#b58900", "#0f8b8d", "#b03060", "#6b7280")
+_ON_BLACK = ("#6fb3ec", "#ff9d5c", "#6fcf97", "#c4a1f0", "#f3d250", "#56d4d6", "#ff8fb1", "#b6bec9")
 LIGHT = Theme(False, "#ffffff", "#1a2027", "#55606d", "#e2e6eb", _ON_WHITE)
 DARK = Theme(True, "#12151a", "#e7eaee", "#a3adba", "#2a323c", _ON_BLACK)
 
