@@ -216,3 +216,19 @@ def test_a_pattern_of_a_step_is_known_to_a_model_but_meets_no_plain_call():
     tap = Record("step.3.logits", "resid_final")
     built("llama")(tokens(), tap=tap | Edit("step.0.resid_final", lambda x: x / 0))
     assert tap.paths == ["resid_final"] and tap["resid_final"].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "latent"])
+def test_a_record_holds_what_was_asked_for_and_no_more(name):
+    """Queries are a view of what holds keys and values too."""
+    model, ids = built(name), tokens()
+    sites = [s.path for s in model.sites()]
+    whole = Record("**")
+    with torch.no_grad():
+        plain = call(model, ids, tap=whole)
+        for path in sites:
+            tap = Record(path)
+            assert torch.equal(call(model, ids, tap=tap), plain)
+            assert tap.bytes <= 1.1 * tap[path].nbytes, path
+            assert torch.equal(tap[path], whole[path])
+    assert whole.bytes <= 1.1 * sum(x.nbytes for x in whole.values.values())

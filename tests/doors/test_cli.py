@@ -408,3 +408,16 @@ def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(run, monke
 def test_python_dash_m_is_the_same_command() -> None:
     done = subprocess.run(fresh("--version"), capture_output=True, text=True, check=True, env=os.environ | {"PYTHONWARNINGS": "error"})
     assert done.stdout == f"glassformer {glassformer.__version__}\n"
+
+
+@pytest.mark.parametrize("group", ["look", "tokenizer"])
+def test_a_group_by_itself_lists_its_commands(group: str, run) -> None:
+    done = run(group)
+    assert done.code == 2
+    assert done.err.startswith(f"Usage: glassformer {group} [OPTIONS] COMMAND")
+    assert "error" not in done.err
+
+
+def test_a_text_without_a_command_is_a_page(run) -> None:
+    assert run("look", "some text").err == "error: Missing option '--model' / '-m'. See 'glassformer look page --help'.\n"
+    assert run("look", "--model", "lens", "text").err.startswith("error: There is no model at 'lens'"), "options may stand before the text"

@@ -1,7 +1,8 @@
 """Every ```python block of README.md and docs/*.md runs.
 
 The blocks of one page run in order, as one program in an empty folder, at the line numbers that they have on the
-page. A block after ``<!-- not run: reason -->`` is only compiled. Lines of the command line are parsed, not run.
+page. Pages of docs/look find a small untrained model with the tokenizer of the ``books`` recipe in ``runs/books``, where
+readers have a trained one. A block after ``<!-- not run: reason -->`` is only compiled. Lines of the command line are parsed, not run.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,9 @@ from typing import Any
 import pytest
 import typer
 
+import glassformer as gf
 from glassformer.cli.app import app
+from glassformer.cli.recipe import read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -40,10 +44,21 @@ def program(page: str) -> str:
     return "\n".join(lines)
 
 
+@pytest.fixture(scope="module")
+def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of the recipe's kind, narrower and untrained, with the recipe's own tokenizer."""
+    spec = read_recipe("books").model
+    small = spec.replace(d_model=48).at("blocks.*.feedforward.d_ff").set(64)
+    return gf.save(small.build(seed=0), tmp_path_factory.mktemp("books"), gf.Tokenizer.load(ROOT / "tests" / "data" / "books"))
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_snippets_run(path: Path, tmp_path: Path) -> None:
+def test_snippets_run(path: Path, tmp_path: Path, books: Path) -> None:
     if not path.exists():
         pytest.skip(f"{path.name} does not exist")
+    if path.parent.name == "look":
+        shutil.copytree(books, tmp_path / "runs" / "books")
+        (tmp_path / "images").mkdir()
     text = path.read_text(encoding="utf-8")
     file = tmp_path / f"{path.stem}.py"
     file.write_text(program(text), encoding="utf-8")
@@ -75,6 +90,8 @@ def parse(line: str) -> dict[str, Any]:
     _, *words = shlex.split(line, comments=True)
     while hasattr(command, "commands"):
         assert words, f"{line!r} ends before a command"
+        if words[0] not in command.commands and hasattr(command, "default"):
+            words.insert(0, command.default)
         assert words[0] in command.commands, f"{line!r}: {words[0]!r} is none of {', '.join(command.commands)}"
         command = command.commands[words.pop(0)]
     params: dict[str, Any] = command.make_context(line, words).params

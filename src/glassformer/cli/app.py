@@ -90,6 +90,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _unexpected(error: Exception) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":  # a group of commands by itself: its list is the answer
+        print(str(error.format_message()), file=sys.stderr)  # type: ignore[attr-defined]
+        return MISTAKE
     if hasattr(error, "format_message"):  # typer's own: a wrong option, a missing argument
         command = getattr(getattr(error, "ctx", None), "command_path", "glassformer")
         said = error.format_message().rstrip(".")

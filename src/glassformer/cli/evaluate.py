@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .look.common import Edits, edits_of
+
 
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A trained model: its folder (ours, or from the hub), a .gguf file, or hf://owner/name.")],
@@ -21,6 +23,7 @@ def evaluate(
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, ...; by default the file's (float16 becomes float32 on a CPU).")] = None,
     packed: Annotated[bool, typer.Option("--packed", help="Keep the quantised matrices of a .gguf file packed in memory.")] = False,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps; by default the best there is.")] = None,
+    edits: Edits = None,
 ) -> None:
     """Loss, perplexity and bits per byte of a model on a text, with standard errors."""
     from ..tasks import NextToken
@@ -33,7 +36,7 @@ def evaluate(
     loaded = open_model(model, device, dtype, packed)
     NextToken().check(loaded.model)
     tokens = TokenData.from_text(read_texts([find_text(name) for name in data]), tokenizer_of(loaded, model))
-    found = measure(loaded.model, NextToken(), tokens, batch=batch, context=context, most=windows)
+    found = measure(loaded.model, NextToken(), tokens, batch=batch, context=context, most=windows, tap=edits_of(edits, loaded))
     bits = found.bits_per_byte
     share = found.error / found.loss  # bits per byte is the loss in another unit
     if as_json:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .look.common import Edits, edits_of
+
 if TYPE_CHECKING:
     from ..infer import Token
 
@@ -32,6 +34,7 @@ def generate(
     packed: Annotated[bool, typer.Option("--packed", help="Keep the quantised matrices of a .gguf file packed in memory.")] = False,
     quantise: Annotated[str | None, typer.Option("--quantise", metavar="KIND", help="int8 or int4: quantise the matrices while loading.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps; by default the best there is.")] = None,
+    edits: Edits = None,
 ) -> None:
     """Continue a prompt with a trained model, token by token as they come."""
     from ..infer import stream
@@ -49,6 +52,7 @@ def generate(
         seed=seed,
         stop=stop or (),
         logprobs=logprobs,
+        tap=edits_of(edits, loaded),
     )
     if logprobs:
         for token in tokens:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .look.common import Edits, edits_of
+
 if TYPE_CHECKING:
     from ..train import Trainer
     from ..train.recipe import Recipe
@@ -27,6 +29,7 @@ def train(
     seconds: Annotated[float | None, typer.Option("--seconds", help="Stop after so many seconds; the schedule follows the clock.")] = None,
     data: Annotated[list[str] | None, typer.Option("--data", metavar="FILE_OR_FOLDER", help="The text to learn from. Repeatable.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps; by default the best there is.")] = None,
+    edits: Edits = None,
 ) -> None:
     """Train a model by a recipe and keep the run in a folder."""
     from ..core.errors import CheckpointError, RecipeError, TrainingError
@@ -44,7 +47,9 @@ def train(
     folder = out or (usual if resume else _free_folder(usual))
     print(f"{Path(recipe).stem}: {', '.join(chosen.texts)} -> {folder}", file=sys.stderr)
     try:
-        trainer = chosen.trainer(folder, device=pick_device(device), resume=resume, progress=True)
+        trainer = chosen.trainer(
+            folder, device=pick_device(device), resume=resume, progress=True, tap=None if edits is None else lambda model: edits_of(edits, model)
+        )
     except (TrainingError, CheckpointError) as error:
         if isinstance(error.__cause__, OSError):
             raise

@@ -36,6 +36,12 @@ from .sites import HEAD_AXIS
 class Tap:
     """Base of all observers; override :meth:`visit` (and :meth:`offer` for values computed only on request)."""
 
+    def begin(self, path: str, index: Tensor, lengths: Tensor | None) -> None:
+        """Called once as a pass through a stack begins, before any of its sites: ``path`` is what their paths begin with (``""``, ``"decoder"``,
+        ``"step.3"``), ``index`` [t] or [b t] the place of each token in its row, counted over all steps of a cached generation, ``lengths`` [b]
+        how many tokens of each row are real in this call (None: all). An encoder-decoder begins twice.
+        """
+
     def visit(self, path: str, x: Tensor) -> Tensor:
         """Called at each site in the order of computation; what it returns goes on."""
         return x
@@ -99,7 +105,7 @@ class Record(Tap):
             return self._visit_grad(path, x)
         heads = self._heads(path)
         kept = x.detach() if heads is None else _pick(path, x.detach(), heads)
-        self.values[path] = kept if self._device is None else kept.to(self._device)
+        self.values[path] = _compact(kept) if self._device is None else kept.to(self._device)
         return x
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -127,7 +133,7 @@ class Record(Tap):
     def offer(self, path: str, compute: Callable[[tuple[int, ...] | None], Tensor]) -> None:
         if self._meets(path):
             kept = compute(self._heads(path)).detach()
-            self.values[path] = kept if self._device is None else kept.to(self._device)
+            self.values[path] = _compact(kept) if self._device is None else kept.to(self._device)
 
     def edits(self, path: str) -> bool:
         return self._grad and self._meets(path)
@@ -252,6 +258,10 @@ class Chain(Tap):
     def __init__(self, *taps: Tap):
         self.taps: tuple[Tap, ...] = tuple(t for tap in taps for t in (tap.taps if isinstance(tap, Chain) else (tap,)))
 
+    def begin(self, path: str, index: Tensor, lengths: Tensor | None) -> None:
+        for tap in self.taps:
+            tap.begin(path, index, lengths)
+
     def visit(self, path: str, x: Tensor) -> Tensor:
         for tap in self.taps:
             x = tap.visit(path, x)
@@ -269,6 +279,16 @@ class Chain(Tap):
 
     def patterns(self) -> tuple[Pattern, ...]:
         return tuple(p for tap in self.taps for p in tap.patterns())
+
+
+SPARE = 1.05  # how much more memory than its own a kept value may hold
+
+
+def _compact(x: Tensor) -> Tensor:
+    """The value in memory of its own size: queries are a view of what holds keys and values too, and to keep the one would be to keep all three."""
+    if torch.compiler.is_compiling():  # there a graph decides what lies where
+        return x
+    return x.clone(memory_format=torch.contiguous_format) if x.untyped_storage().nbytes() > SPARE * x.nbytes else x
 
 
 def _pick(path: str, x: Tensor, heads: tuple[int, ...]) -> Tensor:

@@ -7,6 +7,7 @@ bars      a number for each of some names, the largest first
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -139,8 +140,8 @@ def colours(theme: Theme, signed: bool) -> Any:
 
 
 def plain_text(text: str) -> str:
-    """A label as it is: matplotlib would set what stands between two dollar signs as a formula."""
-    return text.replace("$", r"\$")
+    """A label as it is: matplotlib would set what stands between two dollar signs as a formula, and its font has no pictures of control characters."""
+    return re.sub("[\u2400-\u2421]", lambda m: f"‹{(ord(m[0]) - 0x2400):02X}›", text.replace("$", r"\$"))
 
 
 def _ticks(axes: Axes, which: str, names: Sequence[str]) -> None:

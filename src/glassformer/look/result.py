@@ -38,7 +38,7 @@ from .figure import Theme, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table
+    from rich.console import Group
 
 Cell = str | int | float | bool | None
 
@@ -84,25 +84,24 @@ class Result:
         self.draw(figure, theme)
         return figure
 
-    def table(self, most: int | None = MOST_ROWS) -> Table:
-        """The answer as a table of rich, at most ``most`` rows."""
+    def table(self, most: int | None = MOST_ROWS) -> Group:
+        """The answer for a terminal (rich): title, a table of at most ``most`` rows, and the note."""
+        from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
         grid = self.grid()
         shown = grid.rows if most is None else grid.rows[:most]
         left = len(grid.rows) - len(shown)
-        notes = [n for n in (grid.note, f"and {left:,} more rows: save() writes them all" if left else "") if n]
-        made = Table(
-            title=Text(self.title), title_justify="left", title_style="bold", caption=Text("\n".join(notes)) if notes else None, caption_justify="left"
-        )
-        made.box = None
+        made = Table(box=None, pad_edge=False)
         for i, name in enumerate(grid.columns):
             number = all(isinstance(r[i], int | float) or r[i] is None for r in grid.rows)
             made.add_column(Text(name), justify="right" if number else "left", overflow="fold")
         for row in shown:
             made.add_row(*(Text(written(c)) for c in row))
-        return made
+        # Title and notes stand around the table and not in it: within, they would be folded to its width.
+        notes = [n for n in (grid.note, f"and {left:,} more rows: save() writes them all" if left else "") if n]
+        return Group(Text(self.title, style="bold"), made, *(Text(n, style="dim") for n in notes))
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -111,7 +110,7 @@ class Result:
         Console(file=out, width=120, color_system=None, highlight=False).print(self.table())
         return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
         return self.table()
 
     def _repr_html_(self) -> str:

@@ -102,7 +102,11 @@ class Subject:
     def path(self, site: str) -> str:
         """The full path (or pattern) of a site of :attr:`stack`, checked; raises :class:`SiteError` with the nearest names."""
         full = self.prefix + site
-        Record(full).check([s.path for s in self.model.sites()])
+        record = Record(full)
+        if hasattr(self.model, "check"):  # a foreign model says itself what cannot be reached
+            self.model.check(record)
+        else:
+            record.check([s.path for s in self.model.sites()])
         return full
 
     def has(self, site: str) -> bool:
@@ -239,6 +243,8 @@ def read(model: Any, text: Text, tokenizer: Tokenizer | None = None, *, source: 
     ``source``: what an encoder-decoder's encoder reads. ``most``: refuse more tokens than that.
     Raises :class:`InputError` for an empty text, one too long, ids beyond the vocabulary, and a text without a tokenizer.
     """
+    if tokenizer is None:
+        tokenizer = getattr(model, "tokenizer", None)  # a foreign model may have one
     if isinstance(model, Loaded):
         model, tokenizer = model.model, model.tokenizer if tokenizer is None else tokenizer
     if not isinstance(model, nn.Module) or not hasattr(model, "sites"):

@@ -297,6 +297,8 @@ class TransformerModel(Anatomy, nn.Module):
         real = None if counts is None else torch.as_tensor(counts, device=device)
         if real is not None and not isinstance(self.spec.mask, Causal):
             rule = rule & Padding(real)
+        if tap is not None:
+            tap.begin(path, index, real)
         return Pass(
             positions=index if positions is None else positions,
             index=index,

@@ -71,9 +71,9 @@ class NextToken(Task):
             total, parts["balance"] = total + charged * count, (charged * count).detach()
         return Loss(total, count, parts)
 
-    def rows(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    def rows(self, model: nn.Module, batch: Batch, **kw: Any) -> tuple[Tensor, Tensor]:
         """Plain cross entropy by row, without smoothing or added terms: [b] sums, [b] counts."""
-        logits, targets, _ = _predict(model, batch)
+        logits, targets, _ = _predict(model, batch, **kw)
         losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
         return losses.view_as(targets).sum(1), (targets != IGNORED).sum(1)
 

@@ -57,8 +57,8 @@ class Task(Spec):
     def loss(self, model: nn.Module, batch: Any, **kw: Any) -> Loss:
         """The loss of ``model`` on ``batch``; ``kw`` goes on to the model's call (``tap=…``)."""
 
-    def rows(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor] | None:
-        """Sums and counts by row ([b], [b]) of what an evaluation reports, or None if the task has none.
+    def rows(self, model: nn.Module, batch: Any, **kw: Any) -> tuple[Tensor, Tensor] | None:
+        """Sums and counts by row ([b], [b]) of what an evaluation reports, or None if the task has none; ``kw`` as in :meth:`loss`.
 
         An evaluation says by them how sure it is; without them each batch counts as one observation.
         """

@@ -22,6 +22,7 @@ from torch import nn
 from glassformer.core.errors import DataError
 from glassformer.core.fields import typed
 from glassformer.core.modes import evaluating
+from glassformer.core.tap import Tap
 from glassformer.tasks import Batch, Task
 
 from .data import TokenData
@@ -89,23 +90,25 @@ def evaluate(
     most: int | None = None,
     documents: bool = False,
     autocast: torch.dtype | None = None,
+    tap: Tap | None = None,
 ) -> Evaluation:
     """The loss of ``model`` on ``data`` (token data, or batches that the task understands).
 
-    ``most``: at most so many windows. Of token data, the last window is left out if it is not full.
+    ``tap``: sees (or edits) every call. ``most``: at most so many windows. Of token data, the last window is left out if it is not full.
     The model is in evaluation mode meanwhile and back in its own afterwards.
     Raises :class:`DataError` if nothing can be predicted.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     batches = windows(data, batch, context, most=most, documents=documents) if isinstance(data, TokenData) else data
+    seen: dict[str, Any] = {} if tap is None else {"tap": tap}
     sums: list[torch.Tensor] = []
     counts: list[torch.Tensor] = []
     with evaluating(model), torch.no_grad(), torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
         for one in batches:
             one = one.to(device) if hasattr(one, "to") else one
-            rows = task.rows(model, one)
+            rows = task.rows(model, one, **seen)
             if rows is None:
-                loss = task.loss(model, one)
+                loss = task.loss(model, one, **seen)
                 rows = loss.total.reshape(1), torch.as_tensor(loss.count, device=loss.total.device).reshape(1)
             sums.append(rows[0].double())
             counts.append(rows[1].double())

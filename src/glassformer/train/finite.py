@@ -35,8 +35,10 @@ def is_finite(x: Tensor) -> bool:
     return not x.is_floating_point() or bool(torch.isfinite(x).all())
 
 
-def explain_loss(model: nn.Module, task: Task, batches: Sequence[Any], step: int, loss: float, autocast: torch.dtype | None) -> NotFinite:
-    """The error for a loss that is not finite at ``step``: names the first site, and what to try."""
+def explain_loss(
+    model: nn.Module, task: Task, batches: Sequence[Any], step: int, loss: float, autocast: torch.dtype | None, also: Tap | None = None
+) -> NotFinite:
+    """The error for a loss that is not finite at ``step``: names the first site, and what to try. ``also``: the run's own tap."""
     device = next(model.parameters()).device
     for name, p in model.named_parameters():
         if not is_finite(p):
@@ -45,7 +47,7 @@ def explain_loss(model: nn.Module, task: Task, batches: Sequence[Any], step: int
         for batch in batches:
             tap = FirstNotFinite()
             try:
-                found = task.loss(model, batch, tap=tap)
+                found = task.loss(model, batch, tap=tap if also is None else also | tap)
             except TypeError:  # a model without taps
                 found = task.loss(model, batch)
             if tap.path is not None and tap.value is not None:

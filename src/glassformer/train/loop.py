@@ -32,6 +32,7 @@ from glassformer.core.errors import CheckpointError, DataError, GlassformerError
 from glassformer.core.fields import typed
 from glassformer.core.modes import evaluating
 from glassformer.core.numerics import seed_everything
+from glassformer.core.tap import Tap
 from glassformer.parts.packed import Packed
 from glassformer.tasks import Loss, Task
 
@@ -105,7 +106,8 @@ class Trainer:
     of the data and, at the first step, of the global generators (dropout). ``folder``: where the run is kept (None: nowhere).
     ``validation``: data to evaluate on every ``evaluate_every`` steps; ``sample``: a function of the model that
     gives a text, called every ``sample_every`` steps. ``save_every``: steps (None: as often
-    as 2 % of the time allow, from every 15 seconds to every five minutes); the newest ``keep`` stay.
+    as 2 % of the time allow, from every 15 seconds to every five minutes); the newest ``keep`` stay. ``tap``: sees, or edits, every call of
+    the model, in training and evaluation.
 
     Raises :class:`TrainingError`, :class:`DataError` or :class:`CheckpointError` before the first step for what cannot
     work, :class:`NotFinite` when the loss or its gradient is no number.
@@ -142,6 +144,7 @@ class Trainer:
         tokenizer: Any = None,
         progress: bool | None = None,
         tensorboard: bool = True,
+        tap: Tap | None = None,
     ):
         _check_budget(steps, seconds, accumulate)
         _check_counts(
@@ -183,6 +186,7 @@ class Trainer:
         self._loader: Source = Loader(data, batch, context, seed=seed, documents=documents) if isinstance(data, TokenData) else data
         self._autocast = autocast_dtype(dtype, model, self.device)
         self._optimisers = optimizer.build(model)
+        self.tap, self._seen = tap, {} if tap is None else {"tap": tap}
         self._compiler = Compiler(self._loss, compile, self.device, layers=_layers(model))
         self._flops, self._peak = training_flops_per_token(model, context), 0.0
         self._rate, self._tenth, self._saved, self._save_took = Rate(), 0, -1, 0.0
@@ -274,6 +278,7 @@ class Trainer:
             most=self.evaluate_windows,
             documents=self.documents,
             autocast=self._autocast,
+            tap=self.tap,
         )
 
     def save(self) -> Path:
@@ -303,7 +308,7 @@ class Trainer:
         loss, norm, predicted, parts = found.numbers()
         if not math.isfinite(loss):
             torch.set_rng_state(random)
-            raise explain_loss(self.model, self.task, batches, self.number + 1, loss, self._autocast)
+            raise explain_loss(self.model, self.task, batches, self.number + 1, loss, self._autocast, self.tap)
         if not math.isfinite(norm):
             raise explain_gradient(self.model.named_parameters(), self.number + 1, norm)
         clipping = min(1.0, self.clip / (norm + 1e-6)) if self.clip else 1.0
@@ -341,7 +346,7 @@ class Trainer:
 
     def _loss(self, batch: Any) -> Loss:
         with torch.autocast(self.device.type, self._autocast or torch.bfloat16, enabled=self._autocast is not None):
-            return self.task.loss(self.model, batch)
+            return self.task.loss(self.model, batch, **self._seen)
 
     def _fetch(self) -> Any:
         batch = self._loader.next()
@@ -483,6 +488,7 @@ class Trainer:
             "dtype": self.dtype,
             "compile": self._compiler.wanted,
             "seed": self.seed,
+            "tap": getattr(self.tap, "hash", None),  # of edits from a file
         }
 
     def _write_model(self, folder: Path) -> None:

@@ -32,6 +32,7 @@ from torch import nn
 
 from ..core.errors import CheckpointError, DataError, SpecError, TokenizerError, did_you_mean
 from ..core.spec import Spec, part
+from ..core.tap import Tap
 from ..infer import generate
 from ..models import Decoder
 from ..tasks import NextToken, Task
@@ -133,8 +134,19 @@ class Recipe(Spec):
         if not 0 <= self.validation < 1:
             raise SpecError(f"validation is a share of the text, from 0 up to but not including 1; {self.validation} was given.")
 
-    def trainer(self, folder: str | Path, *, device: str | None = None, resume: bool = False, progress: bool | None = None) -> Trainer:
-        """Prepare the text and build the model; the run is kept in ``folder``. Raises what these steps raise."""
+    def trainer(
+        self,
+        folder: str | Path,
+        *,
+        device: str | None = None,
+        resume: bool = False,
+        progress: bool | None = None,
+        tap: Callable[[nn.Module], Tap | None] | None = None,
+    ) -> Trainer:
+        """Prepare the text and build the model; the run is kept in ``folder``. ``tap`` makes of the model what sees or edits every call of it.
+
+        Raises what these steps raise.
+        """
         folder = Path(folder)
         _check_folder(folder, resume)
         data = self._prepare_in(folder)
@@ -171,6 +183,7 @@ class Recipe(Spec):
             tensorboard=self.tensorboard,
             tokenizer=tokenizer,
             progress=progress,
+            tap=None if tap is None else tap(model),
         )
         if prompt != self.sample:
             trainer.notes.append(f"The sample prompt {self.sample!r} has what this text has not; samples begin with the text's own {prompt!r}.")

@@ -12,16 +12,39 @@ from typing import Any
 
 import typer
 
-from . import page
+from . import (
+    ablate,
+    activations,
+    attribute,
+    candidates,
+    circuits,
+    compare,
+    embeddings,
+    forecast,
+    heads,
+    journey,
+    lens,
+    neurons,
+    page,
+    patch,
+    probe,
+    redundancy,
+    statistics,
+    steer,
+    syntax,
+    tokens,
+    trace,
+)
 
 
 class _PageByDefault(typer.core.TyperGroup):
     """What is no command is the text of a page."""
 
+    default = "page"
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        first = next((a for a in args if not a.startswith("-")), None)
-        if args and first not in self.commands and args[0] not in ("-h", "--help"):
-            args = ["page", *args]
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = [self.default, *args]
         return super().parse_args(ctx, args)
 
 
@@ -33,3 +56,23 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 app.command("page")(page.page)
+app.command("journey")(journey.journey)
+app.command("circuits")(circuits.circuits)
+app.command("tokens")(tokens.tokens)
+app.command("heads")(heads.heads)
+app.command("neurons")(neurons.neurons)
+app.add_typer(embeddings.app, name="embeddings")
+app.command("probe")(probe.probe)
+app.command("lens")(lens.lens)
+app.command("candidates")(candidates.candidates)
+app.command("compare")(compare.compare)
+app.command("syntax")(syntax.syntax)
+app.command("redundancy")(redundancy.redundancy)
+app.command("forecast")(forecast.forecast)
+app.command("activations")(activations.activations)
+app.command("statistics")(statistics.statistics)
+app.command("attribute")(attribute.attribute)
+app.command("ablate")(ablate.ablate)
+app.command("patch")(patch.patch)
+app.command("steer")(steer.steer)
+app.command("trace")(trace.trace)

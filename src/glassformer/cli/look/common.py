@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ...core.errors import InputError
 
 if TYPE_CHECKING:
+    from ...core.tap import Tap
     from ...look.result import Result
     from ...weights.own import Loaded
 
@@ -30,6 +31,16 @@ Target = Annotated[
     list[str] | None,
     typer.Option("--target", "-t", metavar="TOKEN", help="The token that is asked about; twice for the difference of two. By default the model's own choice."),
 ]
+Edits = Annotated[Path | None, typer.Option("--edits", metavar="FILE", help="Edits that hold meanwhile: a .json or .safetensors of Intervention.save.")]
+
+
+def edits_of(path: Path | None, model: Any) -> Tap | None:
+    """The edits of ``--edits`` as a tap, checked against the model."""
+    if path is None:
+        return None
+    from ...look.edits import load_edits
+
+    return load_edits(path).tap(model)
 
 
 def open_loaded(model: str, device: str | None = None, dtype: str | None = None) -> Loaded:

@@ -1,0 +1,28 @@
+"""``glassformer look candidates``: what may come next."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .common import Device, Dtype, Model, Out, Position, Rows, Source, open_loaded, position_of, show
+
+
+def candidates(
+    text: Annotated[str, typer.Argument(help="The text that is continued.")],
+    model: Model,
+    k: Annotated[int, typer.Option("-k", "--top", min=1, help="Tokens that are listed.")] = 20,
+    temperature: Annotated[float, typer.Option("--temperature", help="Logits are divided by it.")] = 1.0,
+    position: Position = None,
+    source: Source = None,
+    out: Out = None,
+    rows: Rows = 40,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """List the most probable next tokens with probabilities and logits, and the entropy."""
+    from ...look.candidates import candidates as ask
+
+    loaded = open_loaded(model, device, dtype)
+    show(ask(loaded, text, k, temperature=temperature, positions=position_of(position), source=source), out, max(rows, k))

@@ -1,0 +1,48 @@
+"""``glassformer look heads``: what the heads of a model attend to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Device, Dtype, Model, Out, Rows, Source, open_loaded, show
+
+
+def heads(
+    model: Model,
+    text: Annotated[str | None, typer.Argument(help="A text file, or a text; without one everything is measured on repeated random tokens.")] = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rows of random tokens that are repeated.")] = 8,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the text that are read.")] = 4096,
+    context: Annotated[int | None, typer.Option("--context", min=2, help="Tokens of a window that the text is cut into.")] = None,
+    threshold: Annotated[float, typer.Option("--threshold", help="With --role: share of the way from an even head to all weight on the target.")] = 0.5,
+    role: Annotated[str | None, typer.Option("--role", help="Also print the heads that hold this role, the highest score first.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the random tokens.")] = 0,
+    source: Source = None,
+    out: Out = None,
+    rows: Rows = 40,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Score every head for the roles previous, first, local, same token, duplicate, induction and others, each beside what an even head would get."""
+    from ...look.roles import ROLES, head_roles
+    from ...look.subject import choose
+
+    if role is not None:
+        choose(role, ROLES, "role")
+    read = text_or_file(text) if text is not None else None
+    found = head_roles(open_loaded(model, device, dtype), read, source=source, repeats=repeats, tokens=tokens, context=context, seed=seed)
+    if role is not None:
+        found.roles(threshold)
+    show(found, out, rows)
+    if role is not None:
+        print(f"{role}, at {threshold:g} or more: {', '.join(found.holding(role, threshold)) or 'no head'}")
+
+
+def text_or_file(given: str) -> str | Path:
+    """A file if there is one of that name, else the text itself."""
+    try:
+        return Path(given) if Path(given).is_file() else given
+    except (OSError, ValueError):
+        return given

@@ -1,0 +1,409 @@
+"""Circuits of a head: what it moves (OV) and what it looks for (QK), as matrices between tokens that are never formed.
+
+    OV     W_E ─► W_V ─► W_O ─► W_U        source token ─► logits that the head raises where it attends to that token
+    QK     W_E ─► W_Q ─► R_n ─► W_K^T ─► W_E^T    query token ─► keys that it attends to, n positions back
+
+Both have rank ``d_head`` at most, so eigenvalues come from [k k], singular values from two QR decompositions, and the largest entries
+from blocks of rows (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", transformer-circuits.pub).
+
+These are paths through the embedding and one head. What other heads and feed-forward layers have written to the stream by then goes
+through the same matrices and is not in these tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from glassformer.core.errors import InputError
+from glassformer.models.encoder_decoder import EncoderDecoderModel
+from glassformer.parts.attention import AttentionLayer
+from glassformer.parts.norm import JointLayer, NoNormLayer, RMSNormLayer
+from glassformer.weights.own import Loaded
+
+from .factored import FactoredMatrix
+from .figure import Theme, bars, dress, heatmap, plain_text
+from .matrices import Weights, exact_folds, weights
+from .result import Grid, Result
+from .subject import check_reads_tokens, choose, is_causal, n_heads, piece_of, read_head
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from glassformer.text import Tokenizer
+
+AT_ONCE = 1 << 23
+"""Entries of a token-by-token matrix that stand in memory at a time (32 MB)."""
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One singular direction read as tokens: its singular value, and the tokens that lie furthest along it on the way in and on the way out."""
+
+    value: float
+    reads: tuple[tuple[str, float], ...]
+    writes: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit(Result):
+    """One circuit of one head.
+
+    ``kind``: ``"ov"`` or ``"qk"``. ``matrix``: the factored [d d] in the stream's space (of QK without ``scale``). ``full``: the factored
+    [v v] between tokens, with ``scale``. ``eigenvalues`` [r 2]: real and imaginary parts of those of ``full``, the longest first.
+    ``singular`` [r]: singular values of ``matrix``. ``copying``: sum of the eigenvalues by the sum of their lengths, from -1 to 1.
+    ``diagonal``: share of tokens whose own entry is the largest of its row (OV: the head raises the token that it reads; QK: a token looks for itself).
+    ``pairs``: for each of the rows that have the largest one, its largest entry of ``full`` above the row's mean, as (row token,
+    column token, value). ``distance``: query position less key position (QK with rotary positions).
+    """
+
+    kind: str
+    layer: int
+    head: int
+    matrix: FactoredMatrix = field(repr=False)
+    full: FactoredMatrix = field(repr=False)
+    eigenvalues: Tensor
+    singular: Tensor
+    copying: float
+    diagonal: float
+    pairs: tuple[tuple[str, str, float], ...]
+    directions: tuple[Direction, ...]
+    distance: int
+    folded: bool
+
+    @property
+    def title(self) -> str:
+        name = "OV circuit: source token → raised token" if self.kind == "ov" else "QK circuit: query token → key token"
+        apart = f", {self.distance} back" if self.kind == "qk" and self.distance else ""
+        return f"Head {self.layer}.{self.head}, {name}{apart}"
+
+    def grid(self) -> Grid:
+        rows: list[tuple[Any, ...]] = [(a, b, value) for a, b, value in self.pairs]
+        names = ("source", "raised", "logit above the row's mean") if self.kind == "ov" else ("query", "key", "score above the row's mean")
+        own = "raise themselves most" if self.kind == "ov" else "look for themselves most"
+        lines = [f"eigenvalues: sum / sum of lengths = {self.copying:+.3f}; {self.diagonal:.1%} of tokens {own}"]
+        for i, d in enumerate(self.directions):
+            lines.append(f"direction {i} ({d.value:.3g}): {' '.join(t for t, _ in d.reads)}  →  {' '.join(t for t, _ in d.writes)}")
+        norm = "norm weights folded in" if self.folded else "norm weights not folded in (that would not be exact here)"
+        lines.append(f"{norm}; the division by each token's own scale is left out: compare entries of a row, not of different rows")
+        return Grid(names, tuple(rows), "\n".join(lines))
+
+    def size(self) -> tuple[float, float]:
+        return (11.0, 1.6 + 0.24 * max(12, len(self.pairs)))
+
+    def draw(self, figure: Figure, theme: Theme) -> None:
+        left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
+        top = float(self.eigenvalues.norm(dim=-1).max()) or 1.0
+        around = torch.linspace(0, 2 * torch.pi, 200)
+        left.plot(around.cos(), around.sin(), color=theme.grid, linewidth=1)
+        real, imaginary = (self.eigenvalues / top).T.tolist()
+        left.scatter(real, imaginary, s=22, color=[theme.series[0] if r >= 0 else theme.series[1] for r in real], alpha=0.85, linewidths=0)
+        left.axhline(0, color=theme.grid, linewidth=0.8)
+        left.axvline(0, color=theme.grid, linewidth=0.8)
+        left.set_aspect("equal")
+        left.set_xlim(-1.12, 1.12)
+        left.set_ylim(-1.12, 1.12)
+        dress(left, theme, f"eigenvalues, by the longest ({top:.3g})", "real part", "imaginary part", grid=False)
+        left.text(0.0, -1.06, f"sum / sum of lengths = {self.copying:+.2f}", color=theme.dim, fontsize=9, ha="center")
+        bars(
+            right,
+            theme,
+            [f"{a} → {b}" for a, b, _ in self.pairs],
+            [v for *_, v in self.pairs],
+            title="largest pairs",
+            x=f"{'logit' if self.kind == 'ov' else 'score'} above the row's mean",
+        )
+        figure.suptitle(plain_text(self.title), color=theme.ink, fontsize=12, x=0.01, ha="left")
+
+
+def ov_circuit(
+    model: Any,
+    layer: int | str | tuple[int, int],
+    head: int | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    fold: bool | None = None,
+    k: int = 20,
+    directions: int = 4,
+) -> Circuit:
+    """What a head moves: ``W_E W_V W_O W_U`` [v v], its eigenvalues, singular directions and the largest entries of ``k`` rows.
+
+    ``layer, head``: two numbers, or ``"1.3"``. ``fold``: norm weights multiplied into the matrices (None: where that is exact).
+    Raises :class:`InputError` for a model without scores over its vocabulary, :class:`SiteError` for a head that it has not.
+    """
+    w, stack, tokenizer, at = _opened(model, layer, head, tokenizer, fold)
+    check_reads_tokens(stack, "The OV circuit between tokens")
+    matrix = FactoredMatrix(w.W_V[at], w.W_O[at])
+    E, U = _readable(w, stack), w.W_U
+    if U.shape[0] != matrix.rdim:
+        raise InputError(f"The stream is {matrix.rdim} wide, but the read-out's matrix reads {U.shape[0]}: a transform between them is no part of a circuit.")
+    return _circuit("ov", at, matrix, FactoredMatrix(E @ w.W_V[at], w.W_O[at] @ U), E, U.T, tokenizer, k, directions, 0, w)
+
+
+def qk_circuit(
+    model: Any,
+    layer: int | str | tuple[int, int],
+    head: int | None = None,
+    *,
+    distance: int = 0,
+    tokenizer: Tokenizer | None = None,
+    fold: bool | None = None,
+    k: int = 20,
+    directions: int = 4,
+) -> Circuit:
+    """What a head looks for: ``scale W_E W_Q R_n W_K^T W_E^T`` [v v], row: query token, column: key token, ``n = distance`` positions back.
+
+    With rotary positions ``R_n`` turns the query by ``n`` positions (0: the part that content alone decides); positions that are added or biased
+    are not in it, nor are the biases of queries and keys. An RMSNorm on queries and keys enters by its weights. Arguments as in :func:`ov_circuit`.
+    Raises :class:`InputError` where scores are no bilinear form (a LayerNorm on queries and keys), and for a distance below 0 in a causal model.
+    """
+    w, stack, tokenizer, at = _opened(model, layer, head, tokenizer, fold)
+    q, key = _query_and_key(w, stack, at, distance)
+    matrix = FactoredMatrix(q, key.T)
+    E = _readable(w, stack)
+    full = FactoredMatrix(E @ q * stack.blocks[at[0]].attn.scale, (E @ key).T)
+    return _circuit("qk", at, matrix, full, E, E, tokenizer, k, directions, distance, w)
+
+
+def _query_and_key(w: Weights, stack: Any, at: tuple[int, int], distance: int) -> tuple[Tensor, Tensor]:
+    """[d k] each: the query's matrix turned by ``distance``, the key's at position 0, QK-norm weights in both."""
+    layer: Any = stack.blocks[at[0]].attn
+    if isinstance(distance, bool) or not isinstance(distance, int) or (distance < 0 and is_causal(stack)):
+        raise InputError(f"distance={distance!r}: a query of this model sees keys at its own position and before, so a distance is 0, 1, 2, ...")
+    q, key = w.W_Q[at], w.W_K[at]
+    for name, n in (("q_norm", layer.n_heads), ("k_norm", layer.n_kv_heads)):
+        norm = getattr(layer, name, None)
+        if norm is None or isinstance(norm, NoNormLayer):
+            continue
+        inner = norm.norm if isinstance(norm, JointLayer) else norm
+        if not isinstance(inner, RMSNormLayer):
+            raise InputError(
+                f"The {'queries' if name == 'q_norm' else 'keys'} of layer {at[0]} go through a {type(inner).__name__}: scores are no bilinear form there."
+            )
+        weight = inner.weight.detach() + inner.offset
+        if isinstance(norm, JointLayer):
+            weight = weight.view(n, -1)[at[1] * n // layer.n_heads]
+        q, key = (q * weight, key) if name == "q_norm" else (q, key * weight)
+    if layer.spec.position.rotates:
+        turn = layer.position.rotate
+        places = torch.tensor([max(distance, 0), max(-distance, 0)], device=q.device)
+        tables = [layer.position.tables(places[i : i + 1]) for i in range(2)]
+        q, key = (turn(x[:, None, None], t)[:, 0, 0] for x, t in ((q, tables[0]), (key, tables[1])))
+    return q, key
+
+
+def _opened(model: Any, layer: Any, head: int | None, tokenizer: Tokenizer | None, fold: bool | None) -> tuple[Weights, Any, Tokenizer | None, tuple[int, int]]:
+    """The view that is read, its stack, the tokenizer, (layer, head)."""
+    if isinstance(model, Loaded):
+        model, tokenizer = model.model, model.tokenizer if tokenizer is None else tokenizer
+    stack: Any = model.decoder if isinstance(model, EncoderDecoderModel) else model
+    w = _folded(model, fold)
+    at = read_head(stack, layer if head is None else (layer, head))
+    attn = stack.blocks[at[0]].attn
+    if not isinstance(attn, AttentionLayer):
+        raise InputError(
+            f"Layer {at[0]} has {type(attn.spec).__name__}, whose keys and values come out of a normed latent: there is no W_K and W_V to multiply."
+        )
+    return w, stack, tokenizer, at
+
+
+def _folded(model: Any, fold: bool | None) -> Weights:
+    return weights(model, fold_norms=exact_folds(model)["fold_norms"] if fold is None else fold)
+
+
+def _readable(w: Weights, stack: Any) -> Tensor:
+    """The token vectors [v d] as they enter the stream. Raises :class:`InputError` where they are narrower."""
+    E = w.W_E
+    d = stack.spec.d_model
+    if E.shape[1] != d:
+        raise InputError(
+            f"The stream is {d} wide, but the embedding's table {E.shape[1]}, and is lifted with the positions: there is no matrix from tokens to the stream."
+        )
+    return E
+
+
+def _circuit(
+    kind: str,
+    at: tuple[int, int],
+    matrix: FactoredMatrix,
+    full: FactoredMatrix,
+    E: Tensor,
+    out: Tensor,
+    tokenizer: Tokenizer | None,
+    k: int,
+    n: int,
+    distance: int,
+    w: Weights,
+) -> Circuit:
+    """Everything that is said of the two factored matrices; ``E`` and ``out`` [v d] read their two sides as tokens."""
+    if k < 1 or n < 0:
+        raise InputError(f"k={k} pairs and directions={n} were asked for: at least 1 pair, and 0 or more directions.")
+    values = torch.linalg.eigvals(full.BA.double())
+    values = values[values.abs().argsort(descending=True)]
+    pairs, diagonal = _largest(full, k)
+    name = lambda i: piece_of(tokenizer, int(i))
+    u, s, v = matrix.svd()
+    found = []
+    for i in range(min(n, len(s))):
+        reads, writes = E @ u[:, i], out @ v[:, i]
+        if writes.max() < -writes.min():  # a direction and its opposite are one: the side on which more is written is shown
+            reads, writes = -reads, -writes
+        tops = [tuple((name(j), float(x[j])) for j in x.topk(min(8, len(x))).indices) for x in (reads, writes)]
+        found.append(Direction(float(s[i]), tops[0], tops[1]))
+    total = float(values.abs().sum())
+    return Circuit(
+        kind=kind,
+        layer=at[0],
+        head=at[1],
+        matrix=matrix,
+        full=full,
+        eigenvalues=torch.view_as_real(values).float().cpu(),
+        singular=s.float().cpu(),
+        copying=float(values.real.sum()) / total if total else 0.0,
+        diagonal=diagonal,
+        pairs=tuple((name(a), name(b), value) for a, b, value in pairs),
+        directions=tuple(found),
+        distance=distance,
+        folded=w.fold_norms,
+    )
+
+
+def _largest(full: FactoredMatrix, k: int) -> tuple[list[tuple[int, int, float]], float]:
+    """The ``k`` rows whose largest entry stands furthest above the row's mean, and the share of rows whose diagonal entry is their largest."""
+    rows, columns = full.shape
+    step = max(1, AT_ONCE // columns)
+    centred = full.B - full.B.mean(1, keepdim=True)  # soft-max does not see what all entries of a row share
+    best, place, own = [], [], 0
+    for first in range(0, rows, step):
+        block = full.A[first : first + step] @ centred
+        top = block.max(1)
+        own += int((top.indices == torch.arange(first, first + len(block), device=block.device)).sum())
+        best.append(top.values)
+        place.append(top.indices)
+    values, found = torch.cat(best).topk(min(k, rows))
+    partner = torch.cat(place)[found]
+    return list(zip(found.tolist(), partner.tolist(), values.tolist(), strict=True)), own / rows
+
+
+# Between heads
+
+
+@dataclass(frozen=True, eq=False)
+class Composition(Result):
+    """How far each head reads what each earlier one writes.
+
+    ``scores`` [3 n n]: for queries, keys and values (``kinds``), row: the head that writes, column: the one that reads, both of ``heads``;
+    ``||W_1 W_2|| / (||W_1|| ||W_2||) - 1 / sqrt(d)``, NaN where the second is not in a later layer. ``baseline``: the ``1 / sqrt(d)``.
+    """
+
+    heads: tuple[str, ...]
+    kinds: tuple[str, ...]
+    scores: Tensor
+    baseline: float
+    folded: bool
+
+    @property
+    def title(self) -> str:
+        return f"Composition between {len(self.heads)} heads, above chance"
+
+    def __getitem__(self, kind: str) -> Tensor:
+        """[n n] of ``"q"``, ``"k"`` or ``"v"``."""
+        return self.scores[self.kinds.index(choose(kind, self.kinds, "kind of composition"))]
+
+    def best(self, n: int = 10, kind: str | None = None) -> list[tuple[str, str, str, float]]:
+        """The ``n`` largest: kind, head that writes, head that reads, score."""
+        chosen = self.kinds if kind is None else (choose(kind, self.kinds, "kind of composition"),)
+        flat = torch.stack([self[c] for c in chosen]).nan_to_num(-torch.inf).flatten()
+        top = flat.topk(min(n, int((flat > -torch.inf).sum())))
+        m = len(self.heads)
+        return [(chosen[i // (m * m)], self.heads[i // m % m], self.heads[i % m], v) for i, v in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+
+    def grid(self) -> Grid:
+        word = {"q": "queries", "k": "keys", "v": "values"}
+        rows = tuple((a, b, word[kind], value) for kind, a, b, value in self.best(200))
+        return Grid(
+            ("writes", "reads", "into its", "above chance"),
+            rows,
+            f"||W1 W2|| / (||W1|| ||W2||) less 1/sqrt(d) = {self.baseline:.4f}, its root mean square when one of the two is turned at random",
+        )
+
+    def size(self) -> tuple[float, float]:
+        return (13.5, 5.2)
+
+    def draw(self, figure: Figure, theme: Theme) -> None:
+        finite = self.scores[self.scores.isfinite()]
+        limit = float(finite.abs().max()) if len(finite) else 1.0
+        word = {"q": "queries", "k": "keys", "v": "values"}
+        some = self.scores[0].isfinite()  # heads of the last layer are read by none, those of the first read none
+        last, first = int(some.any(1).sum()), int((~some.any(0)).sum())
+        for i, axes in enumerate(figure.subplots(1, len(self.kinds))):
+            heatmap(
+                axes,
+                theme,
+                self.scores[i, :last, first:],
+                self.heads[:last],
+                self.heads[first:],
+                title=f"into {word[self.kinds[i]]}",
+                x="head that reads",
+                y="head that writes" if i == 0 else "",
+                signed=True,
+                limit=limit,
+            )
+            axes.tick_params(axis="x", rotation=90)
+
+
+def composition_scores(model: Any, *, fold: bool | None = None, distance: int = 0) -> Composition:
+    """Q-, K- and V-composition of every head with every head of a later layer (Elhage et al. 2021).
+
+    ``||W_OV W_QK||_F / (||W_OV|| ||W_QK||)`` for queries, with ``W_QK^T`` for keys, ``||W_OV W_OV'||_F / ...`` for values, each less
+    ``1 / sqrt(d)``: the root mean square of that ratio when one matrix is turned at random, whatever the singular values. Computed from the
+    factors, [k k] for each pair. ``fold``, ``distance`` as in :func:`qk_circuit`. Raises :class:`InputError` for a model of one layer.
+    """
+    if isinstance(model, Loaded):
+        model = model.model
+    w = _folded(model, fold)
+    stack: Any = model.decoder if isinstance(model, EncoderDecoderModel) else model
+    count = [n_heads(stack, i) for i in range(w.n_layers)]
+    if len(count) < 2:
+        raise InputError(f"Heads compose with heads of later layers, but this model has {len(count)} layer.")
+    heads = tuple(f"{i}.{h}" for i, n in enumerate(count) for h in range(n))
+    writes, reads = _sides(w, stack, distance)
+    d, n = stack.spec.d_model, len(heads)
+    scores = torch.full((3, n, n), float("nan"))
+    starts = [sum(count[:i]) for i in range(len(count) + 1)]
+    for i in range(len(count) - 1):
+        own = torch.cat(writes[i])  # [(h k) d]
+        for j in range(i + 1, len(count)):
+            for kind in range(3):
+                each = (own @ torch.cat(reads[j][kind], 1)).square()  # [(h k) (h' k')]
+                blocks = each.view(count[i], -1, count[j], each.shape[1] // count[j]).sum((1, 3)).sqrt()
+                scores[kind, starts[i] : starts[i + 1], starts[j] : starts[j + 1]] = blocks.float().cpu() - d**-0.5
+    return Composition(heads, ("q", "k", "v"), scores, d**-0.5, w.fold_norms)
+
+
+def _sides(w: Weights, stack: Any, distance: int) -> tuple[list[list[Tensor]], list[list[list[Tensor]]]]:
+    """Every head's W_OV as a [k d] of norm 1 with the same products from the left, and W_QK, W_QK^T, W_OV as [d k] of norm 1 from the right."""
+    writes: list[list[Tensor]] = []
+    reads: list[list[list[Tensor]]] = []
+    for i, block in enumerate(stack.blocks):
+        if not isinstance(block.attn, AttentionLayer):
+            raise InputError(f"Layer {i} has {type(block.attn.spec).__name__}, whose keys and values come out of a normed latent: composition is not defined.")
+        own_w: list[Tensor] = []
+        own_r: list[list[Tensor]] = [[], [], []]
+        V, O = w.W_V[i], w.W_O[i]
+        for h in range(block.attn.n_heads):
+            q, key = _query_and_key(w, stack, (i, h), distance)
+            left = torch.linalg.qr(V[h], mode="r")[1] @ O[h]
+            own_w.append(left / left.norm().clamp_min(1e-30))
+            for slot, (a, b) in enumerate(((q, key), (key, q), (V[h], O[h].T))):
+                right = a @ torch.linalg.qr(b, mode="r")[1].T
+                own_r[slot].append(right / right.norm().clamp_min(1e-30))
+        writes.append(own_w)
+        reads.append(own_r)
+    return writes, reads
+
+
+__all__ = ["Circuit", "Composition", "Direction", "FactoredMatrix", "composition_scores", "ov_circuit", "qk_circuit"]

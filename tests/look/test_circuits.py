@@ -1,0 +1,235 @@
+"""Factored matrices, circuits of heads, composition."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import glassformer as gf
+from glassformer import look
+from glassformer.cli.app import main
+from glassformer.core.errors import InputError, SiteError
+from glassformer.look import circuits
+from glassformer.look.circuits import composition_scores, ov_circuit, qk_circuit
+from glassformer.look.factored import FactoredMatrix
+from glassformer.look.matrices import weights
+from look import zoo
+
+
+def pair(*leading: int, m: int = 9, r: int = 3, n: int = 9) -> tuple[FactoredMatrix, torch.Tensor]:
+    draw = torch.Generator().manual_seed(m + r + n)
+    a = torch.randn(*leading, m, r, generator=draw, dtype=torch.float64)
+    b = torch.randn(*leading, r, n, generator=draw, dtype=torch.float64)
+    return FactoredMatrix(a, b), a @ b
+
+
+@pytest.mark.parametrize("leading", [(), (2,), (2, 4)])
+def test_a_factored_matrix_is_its_product(leading: tuple[int, ...]) -> None:
+    f, dense = pair(*leading)
+    assert f.shape == dense.shape and f.ndim == dense.ndim and (f.ldim, f.mdim, f.rdim) == (9, 3, 9)
+    assert torch.allclose(f.AB, dense) and torch.allclose(f.T.AB, dense.mT)
+    assert torch.allclose(f.norm(), torch.linalg.matrix_norm(dense)) and torch.allclose(f.trace(), dense.diagonal(dim1=-2, dim2=-1).sum(-1))
+    u, s, v = f.svd()
+    assert torch.allclose(u * s[..., None, :] @ v.mT, dense) and torch.allclose(s, torch.linalg.svdvals(dense)[..., :3]) and torch.allclose(f.S, s)
+    assert torch.allclose(u.mT @ u, torch.eye(3, dtype=torch.float64).expand(*leading, 3, 3))
+    assert torch.allclose(f.U * f.S[..., None, :] @ f.Vh.mT, dense) and torch.allclose(f.make_even().AB, dense)
+    assert torch.allclose(f.collapse_l().mT @ f.collapse_l(), dense.mT @ dense) and torch.allclose(f.collapse_r() @ f.collapse_r().mT, dense @ dense.mT)
+    ours, theirs = f.eigenvalues.abs().sort(-1).values, torch.linalg.eigvals(dense).abs().sort(-1).values[..., -3:]
+    assert torch.allclose(ours, theirs)
+    assert torch.allclose(f.eigenvalues.sum(-1).real, f.trace())
+
+
+def test_products_and_indices() -> None:
+    f, dense = pair()
+    g, other = pair(m=9, r=2, n=5)
+    x, v = torch.randn(9, 4, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
+    assert torch.allclose((f @ g).AB, dense @ other) and (f @ g).mdim == 2 and (g.T @ f).mdim == 2
+    assert torch.allclose((f @ x).AB, dense @ x) and torch.allclose((x.T @ f).AB, x.T @ dense)
+    assert torch.allclose(f @ v, dense @ v) and torch.allclose(v @ f, v @ dense) and torch.allclose((2 * f * 3).AB, 6 * dense)
+    assert torch.allclose(f[2:5].AB, dense[2:5]) and torch.allclose(f[:, [1, 3]].AB, dense[:, [1, 3]]) and torch.allclose(f[4, 7].AB, dense[4:5, 7:8])
+    h, batch = pair(2, 4)
+    assert torch.allclose(h[1, 3].AB, batch[1, 3]) and torch.allclose(h[:, 2, 1:3, -1].AB, batch[:, 2, 1:3, -1:])
+    assert torch.allclose(h[..., :3, :3].AB, h.get_corner()) and h.unsqueeze(0).shape == (1, 2, 4, 9, 9) and "rank at most 3" in repr(h)
+    with pytest.raises(InputError, match="A has 3 columns and B 9 rows"):
+        FactoredMatrix(f.A, f.A)
+    with pytest.raises(InputError, match="9 x 5"):
+        _ = g.eigenvalues
+    with pytest.raises(InputError, match="at least two axes"):
+        FactoredMatrix(v, f.B)
+    with pytest.raises(InputError, match="at most one index"):
+        _ = f[0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "parallel", "experts", "sandwich"])
+def test_ov_is_the_product_of_the_folded_matrices(name: str) -> None:
+    model = zoo.model(name).double()
+    w = weights(model).folded
+    dense = w.W_E @ w.W_V[1, 2] @ w.W_O[1, 2] @ w.W_U
+    c = ov_circuit(model, 1, 2, k=5)
+    assert torch.allclose(c.full.AB, dense) and c.folded
+    values = torch.linalg.eigvals(dense)
+    assert c.copying == pytest.approx(float(values.real.sum() / values.abs().sum()), abs=1e-6)
+    assert c.diagonal == pytest.approx(float((dense.argmax(1) == torch.arange(zoo.V)).double().mean()))
+    centred = dense - dense.mean(1, keepdim=True)
+    best = centred.max(1)
+    rows = best.values.topk(5).indices
+    assert [p[2] for p in c.pairs] == pytest.approx(best.values[rows].tolist())
+    assert [p[0] for p in c.pairs] == [f"‹{i}›" for i in rows.tolist()] and [p[1] for p in c.pairs] == [f"‹{i}›" for i in best.indices[rows].tolist()]
+    assert torch.allclose(c.singular.double(), torch.linalg.svdvals(w.W_V[1, 2] @ w.W_O[1, 2])[: len(c.singular)], atol=1e-5)
+
+
+def test_blocks_of_rows_give_what_one_block_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ov_circuit(zoo.model("gpt2"), "1.2")
+    monkeypatch.setattr(circuits, "AT_ONCE", 3 * zoo.V)
+    parts = ov_circuit(zoo.model("gpt2"), "1.2")
+    assert whole.pairs == parts.pairs and whole.diagonal == parts.diagonal
+
+
+@pytest.mark.parametrize("distance", [0, 1, 4])
+def test_qk_equals_the_scores_at_that_distance(distance: int) -> None:
+    model = zoo.model("llama").double()
+    tokens = torch.tensor([zoo.ids(9)])
+    tap = gf.Record("blocks.0.attn.scores", "blocks.0.attn.in")
+    with torch.no_grad():
+        model(tokens, tap=tap)
+    c = qk_circuit(model, 0, 3, distance=distance, fold=False)
+    x, t, scale = tap["blocks.0.attn.in"][0], 7, 4**-0.5
+    assert float(x[t] @ c.matrix.AB @ x[t - distance]) * scale == pytest.approx(float(tap["blocks.0.attn.scores"][0, 3, t, t - distance]), abs=1e-5)
+    plain = x / model.blocks[0].norm1.weight.detach()  # what the folded matrices read
+    folded = qk_circuit(model, 0, 3, distance=distance)
+    assert float(plain[t] @ folded.matrix.AB @ plain[t - distance]) * scale == pytest.approx(
+        float(tap["blocks.0.attn.scores"][0, 3, t, t - distance]), abs=1e-5
+    )
+    E = weights(model).W_E
+    assert torch.allclose(folded.full.AB, scale * E @ folded.matrix.AB @ E.T)
+
+
+def test_qk_norm_weights_are_in_it() -> None:
+    for norm in (gf.RMSNorm(), gf.Joint(gf.RMSNorm())):
+        attention = gf.Attention(4, n_kv_heads=2, position=gf.Rotary(), qk_norm=norm)
+        model = gf.Decoder(zoo.V, zoo.D, (zoo.block(attention=attention, norm=gf.RMSNorm()),)).build(seed=1).double().eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.randn_like(p) if p.ndim > 1 else p + 0.3 * torch.randn_like(p))
+        tap = gf.Record("blocks.0.attn.*", "**.scale")
+        model(torch.tensor([zoo.ids(6)]), tap=tap)
+        x, c = tap["blocks.0.attn.in"][0], qk_circuit(model, 0, 3, distance=2, fold=False)
+        q, k = (tap[f"blocks.0.attn.{n}.scale"][0].reshape(6, -1) for n in ("q_norm", "k_norm"))
+        q, k = (s[:, h if s.shape[1] > 1 else 0] for s, h in ((q, 3), (k, 1)))
+        score = float(x[5] @ c.matrix.AB @ x[3]) * 0.5 / float(q[5] * k[3])
+        assert score == pytest.approx(float(tap["blocks.0.attn.scores"][0, 3, 5, 3]), abs=1e-5)
+    layer_norm = gf.Decoder(zoo.V, zoo.D, (zoo.block(attention=gf.Attention(4, qk_norm=gf.LayerNorm())),)).build(seed=0)
+    with pytest.raises(InputError, match="go through a LayerNormLayer"):
+        qk_circuit(layer_norm, 0, 0)
+
+
+def copier() -> Any:
+    """One head hands on what it reads, one hands on its opposite, the others nothing; tokens are nearly orthogonal."""
+    model = gf.Decoder(16, 64, (zoo.block(attention=gf.Attention(4), norm=gf.RMSNorm()),), tied=True).build(seed=0).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_() if p.ndim > 1 else None
+        model.embed.weight.copy_(torch.eye(16, 64))
+        layer = model.blocks[0].attn
+        for head, sign in ((1, 1.0), (2, -1.0)):
+            rows = slice(128 + head * 16, 128 + head * 16 + 16)
+            layer.qkv.weight[rows, :16] = torch.eye(16)
+            layer.out.weight[:16, head * 16 : head * 16 + 16] = sign * torch.eye(16)
+    return model
+
+
+def test_a_planted_copier_is_found_and_nothing_else() -> None:
+    found = [ov_circuit(copier(), 0, h) for h in range(4)]
+    assert [c.copying for c in found] == pytest.approx([0, 1, -1, 0], abs=1e-6)
+    assert found[1].diagonal == 1.0 and found[2].diagonal == 0.0
+    assert all(a == b for a, b, _ in found[1].pairs)
+
+
+def dense_composition(model: Any, distance: int = 0) -> torch.Tensor:
+    w = weights(model).folded
+    n, d = len(model.blocks), model.spec.d_model
+    heads = [(i, h) for i in range(n) for h in range(4)]
+    out = torch.full((3, len(heads), len(heads)), float("nan"), dtype=torch.float64)
+    for a, first in enumerate(heads):
+        ov = w.W_V[first] @ w.W_O[first]
+        for b, second in enumerate(heads):
+            if second[0] > first[0]:
+                qk = qk_circuit(model, *second, distance=distance, k=1, directions=0).matrix.AB
+                for kind, m in enumerate((qk, qk.T, w.W_V[second] @ w.W_O[second])):
+                    out[kind, a, b] = (ov @ m).norm() / (ov.norm() * m.norm()) - d**-0.5
+    return out
+
+
+@pytest.mark.parametrize(("name", "distance"), [("gpt2", 0), ("llama", 0), ("llama", 2)])
+def test_composition_equals_the_dense_products(name: str, distance: int) -> None:
+    model = zoo.model(name).double()
+    c = composition_scores(model, distance=distance)
+    assert torch.allclose(c.scores.double(), dense_composition(model, distance), equal_nan=True, atol=1e-6)
+    kind, a, b, value = c.best(1)[0]
+    assert value == pytest.approx(float(c.scores.nan_to_num(-9).max())) and float(c[kind][c.heads.index(a), c.heads.index(b)]) == pytest.approx(value)
+
+
+def test_the_baseline_is_what_a_random_turn_gives() -> None:
+    draw = torch.Generator().manual_seed(0)
+    a, b = torch.randn(24, 4, generator=draw) @ torch.randn(4, 24, generator=draw), torch.randn(24, 3, generator=draw) @ torch.randn(3, 24, generator=draw)
+    ratios = torch.stack([(a @ torch.linalg.qr(torch.randn(24, 24, generator=draw))[0] @ b).norm() / (a.norm() * b.norm()) for _ in range(800)])
+    assert float(ratios.square().mean().sqrt()) == pytest.approx(24**-0.5, rel=0.02)
+
+
+def test_an_answer_shows_itself(tmp_path: Path) -> None:
+    tokenizer = zoo.words()
+    model = gf.Decoder(len(tokenizer), zoo.D, (zoo.block(attention=gf.Attention(4, position=gf.Rotary())),) * 2).build(seed=0)
+    answers = (
+        look.ov_circuit(model, "1.3", tokenizer=tokenizer),
+        look.qk_circuit(model, (1, 3), distance=1, tokenizer=tokenizer),
+        look.composition_scores(model),
+    )
+    for i, answer in enumerate(answers):
+        assert answer.plot(dark=i == 1).get_axes()
+        assert json.loads(answer.to_json())["title"] == answer.title and answer.title in str(answer)
+    assert "direction 0" in answers[0].save(tmp_path / "answer.html").read_text(encoding="utf-8")
+    assert "3, QK circuit: query token → key token, 1 back" in look.qk_circuit(model, 1, 3, distance=1).title
+
+
+def test_what_is_refused() -> None:
+    model = zoo.model("llama")
+    with pytest.raises(SiteError, match="Head 1.9"):
+        ov_circuit(model, "1.9")
+    with pytest.raises(InputError, match="distance=-1"):
+        qk_circuit(model, 0, 0, distance=-1)
+    with pytest.raises(InputError, match="1 layer"):
+        composition_scores(gf.Decoder(zoo.V, zoo.D, (zoo.block(),)).build(seed=0))
+    with pytest.raises(InputError, match="k=0"):
+        ov_circuit(model, 0, 0, k=0)
+    tagger = gf.Encoder(zoo.V, zoo.D, (zoo.block(),), readout=gf.Tagger(3)).build(seed=0)
+    with pytest.raises(InputError, match="ends in Tagger"):
+        ov_circuit(tagger, 0, 0)
+    assert qk_circuit(tagger, 0, 0, distance=-1).distance == -1
+    latent = gf.LatentAttention(n_heads=2, kv_lora_rank=4, d_nope=4, d_rope=4)
+    with pytest.raises(InputError, match="normed latent"):
+        ov_circuit(gf.Decoder(zoo.V, zoo.D, (zoo.block(attention=latent),)).build(seed=0), 0, 0)
+
+
+@pytest.mark.parametrize("name", zoo.SPECS)
+def test_it_holds_for_every_architecture(name: str) -> None:
+    model = zoo.model(name)
+    assert ov_circuit(model, 1, 3).eigenvalues.isfinite().all() and qk_circuit(model, 1, 3).singular.isfinite().all()
+    assert composition_scores(model).scores[0, 0, -1].isfinite()
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = zoo.words()
+    model = gf.Decoder(len(tokenizer), zoo.D, (zoo.block(attention=gf.Attention(4, position=gf.Rotary())),) * 2).build(seed=0)
+    gf.save(model, tmp_path / "m", tokenizer=tokenizer)
+    begin = ["look", "circuits", "--model", str(tmp_path / "m")]
+    assert main([*begin, "--head", "1.3"]) == 0 and "OV circuit" in capsys.readouterr().out
+    assert main([*begin, "--head", "1.3", "--kind", "qk", "--distance", "2"]) == 0 and "2 back" in capsys.readouterr().out
+    assert main([*begin, "--composition", "--out", str(tmp_path / "c.svg")]) == 0 and "Composition" in capsys.readouterr().out
+    assert (tmp_path / "c.svg").exists()
+    for wrong, text in (([], "One question"), (["--head", "1.3", "--kind", "vo"], "'vo' is no kind"), (["--head", "1.3", "--distance", "2"], "--kind qk")):
+        assert main([*begin, *wrong]) == 2
+        assert text in capsys.readouterr().err

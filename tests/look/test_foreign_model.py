@@ -1,0 +1,139 @@
+"""A model of transformers looked into from outside: the same numbers under the same paths as the same checkpoint opened by us."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import glassformer as gf
+from glassformer import look
+from glassformer.core.errors import InputError, SiteError
+from glassformer.look import foreign
+from glassformer.look.subject import read
+
+transformers = pytest.importorskip("transformers")
+
+V = 61
+SMALL: dict[str, Any] = {"vocab_size": V, "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 44}
+MADE: dict[str, Any] = {
+    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=V, n_layer=2, n_embd=32, n_head=4, n_positions=24)),
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, num_key_value_heads=2)),
+    "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)),
+    "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2)),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, layer_types=["full_attention"] * 2)
+    ),
+}
+TOKENS = torch.tensor([[3, 7, 7, 20, 5, 3]])
+
+
+@pytest.fixture(scope="module", params=MADE)
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Any]:
+    """(name, theirs, ours) of one random checkpoint."""
+    torch.manual_seed(0)
+    theirs = MADE[request.param]().eval()
+    theirs.set_attn_implementation("eager")
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs.save_pretrained(folder)
+    return request.param, theirs, gf.weights.load(folder).model.eval()
+
+
+def record(model: Any, *sites: str) -> tuple[gf.Record, torch.Tensor]:
+    tap = gf.Record(*sites)
+    with torch.no_grad():
+        return tap, model(TOKENS, tap=tap)
+
+
+def test_every_reachable_value_is_ours(both: tuple[str, Any, Any]) -> None:
+    name, theirs, ours = both
+    f = foreign(theirs)
+    mine = {s.path for s in ours.sites()}
+    shared = [s.path for s in f.sites() if s.path in mine]
+    assert len(shared) >= (15 if name == "mixtral" else 23), "fewer sites are reachable than the modules' borders allow"
+    (a, logits), (b, expected) = record(f, *shared), record(ours, *shared)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+    different = [p for p in shared if a[p].shape != b[p].shape or not torch.allclose(a[p], b[p], atol=1e-5, rtol=1e-4)]
+    # Their embeddings are seen before a scale (Gemma), token types (BERT); Gemma's norm after attention stands outside the attention.
+    assert different in ([], ["embed"])
+
+
+def test_an_edit_has_the_same_effect(both: tuple[str, Any, Any]) -> None:
+    _, theirs, ours = both
+    off = gf.Edit("blocks.1.attn.z[2]", lambda z: 0 * z)
+    with torch.no_grad():
+        plain, edited = foreign(theirs)(TOKENS), foreign(theirs)(TOKENS, tap=off)
+        torch.testing.assert_close(edited, ours(TOKENS, tap=off), atol=1e-5, rtol=1e-4)
+        assert (edited - plain).abs().max() > 1e-4
+        assert torch.equal(theirs(TOKENS).logits, plain), "a hook was left behind"
+
+
+def test_streams_are_read_out(both: tuple[str, Any, Any]) -> None:
+    _, theirs, _ = both
+    f = foreign(theirs)
+    tap, logits = record(f, "blocks.1.resid_post")
+    torch.testing.assert_close(f.read(tap["blocks.1.resid_post"], normed=False), logits, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_reach_their_values(both: tuple[str, Any, Any]) -> None:
+    _, theirs, _ = both
+    tap = gf.Record("blocks.0.resid_post", grad=True)
+    foreign(theirs)(TOKENS, tap=tap)[0, -1].max().backward()
+    assert tap.grad("blocks.0.resid_post").abs().sum() > 0
+
+
+def test_a_subject_takes_it(both: tuple[str, Any, Any]) -> None:
+    name, theirs, _ = both
+    s = read(foreign(theirs), TOKENS[0])
+    assert (s.layers, s.causal) == (2, name != "bert")
+    _, logits = s.run("blocks.*.resid_post")
+    assert logits.shape == (6, V)
+
+
+def test_what_cannot_be_reached_says_so() -> None:
+    torch.manual_seed(0)
+    theirs = MADE["gpt2"]().eval()
+    theirs.set_attn_implementation("sdpa")
+    f = foreign(theirs)
+    unformed = r"attention weights are not formed by this GPT2LMHeadModel's kernel \(sdpa\): load it with attn_implementation='eager'"
+    with pytest.raises(SiteError, match=unformed):
+        f(TOKENS, tap=gf.Record("blocks.0.attn.pattern"))
+    with pytest.raises(SiteError, match="cannot be reached in this GPT2LMHeadModel: the value does not cross a border of its modules"):
+        f(TOKENS, tap=gf.Record("blocks.0.attn.scores"))
+    with pytest.raises(SiteError, match=r"'blocks.0.attn.zz' meets no site of this model. Did you mean"):
+        f(TOKENS, tap=gf.Record("blocks.0.attn.zz"))
+    theirs.set_attn_implementation("eager")
+    with pytest.raises(SiteError, match="can be read, but not changed, from outside"):
+        f(TOKENS, tap=gf.Edit("blocks.0.attn.pattern", lambda a: a))
+    with pytest.raises(InputError, match="The text has 30 tokens, but this GPT2LMHeadModel has positions for 24"):
+        f(torch.zeros(1, 30, dtype=torch.long))
+
+
+def test_errors() -> None:
+    with pytest.raises(InputError, match="foreign\\(model\\) opens a model of transformers, but"):
+        foreign(torch.nn.Linear(2, 2))
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=V, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
+    with pytest.raises(InputError, match="reads two texts, which is not followed from outside"):
+        foreign(t5)
+    with pytest.raises(InputError, match="has no read-out over tokens"):
+        foreign(transformers.GPT2Model(transformers.GPT2Config(vocab_size=V, n_layer=1, n_embd=16, n_head=2))).read(torch.zeros(1, 1, 16))
+    with pytest.raises(InputError, match="A tokenizer is one of glassformer or a fast one of transformers"):
+        foreign(MADE["gpt2"](), "no tokenizer")
+
+
+def test_their_tokenizer_is_read(tmp_path: Path) -> None:
+    ours = gf.text.train("bpe", texts=["the old man and the sea"] * 3, vocab_size=270, special=("<|end|>",))
+    ours.save(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    f = foreign(transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=270, n_layer=1, n_embd=16, n_head=2)), theirs)
+    assert read(f, "the sea").ids == tuple(ours.encode("the sea"))
+
+
+def test_edits_know_their_positions(both: tuple[str, Any, Any]) -> None:
+    _, theirs, ours = both
+    edit = look.Intervention("late", (look.Zero("blocks.0.attn.z[1]", positions="3:"),))
+    f = foreign(theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(f(TOKENS, tap=edit.tap(f)), ours(TOKENS, tap=edit.tap(ours)), atol=1e-5, rtol=1e-4)

@@ -1,0 +1,126 @@
+"""Gradient attributions: against autograd by hand and brute-force sums, completeness, and what cannot be asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import glassformer as gf
+from glassformer.core.errors import InputError, SiteError
+from glassformer.look import gradient_x_input, integrated_gradients
+from look import zoo
+
+
+def test_gradient_x_input_is_autograd_by_hand() -> None:
+    made, ids = zoo.model("llama"), zoo.ids()
+    x = made.embed.weight[ids][None].detach().requires_grad_()
+    out = made(inputs_embeds=x)[0, 4]
+    (grad,) = torch.autograd.grad(out[3] - out[5], x)
+    found = gradient_x_input(made, ids, (3, 5), positions=4)
+    torch.testing.assert_close(found.values, (x * grad).sum(-1)[0].detach())
+    assert found.actual == pytest.approx(float(out[3] - out[5]), abs=1e-5) and found.error is None
+    assert (found.values[5:] == 0).all()  # a causal model does not read what comes later
+
+
+@pytest.mark.parametrize("name", list(zoo.SPECS))
+def test_sites_keep_all_axes_but_features(name: str) -> None:
+    made, given = zoo.model(name), zoo.texts(name)
+    shapes = {"blocks.1.attn.z": (9, 4), "blocks.0.resid_pre": (9,), "blocks.1.attn.pattern": (4, 9, 9)}
+    for site, shape in shapes.items():
+        found = gradient_x_input(made, **given, site=site)
+        assert found.values.shape == shape and found.values.abs().sum() > 0
+        found.plot()
+        assert len(found.grid().rows) > 0 and len(found.grid().rows[0]) == 1 + len(shape)
+
+
+def test_a_stream_is_linear_after_the_last_block() -> None:
+    """Where nothing but a linear read-out follows, gradient times value is the logit itself."""
+    made, ids = zoo.model("reordered"), zoo.ids()
+    found = gradient_x_input(made, ids, 7, site="resid_final")
+    assert float(found.values[-1]) == pytest.approx(float(made(torch.tensor([ids]))[0, -1, 7]), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "parallel"])
+def test_integrated_gradients_are_complete(name: str) -> None:
+    made, given = zoo.model(name).double(), zoo.texts(name)
+    for baseline in ("mean", 3):
+        found = integrated_gradients(made, **given, target=(3, 5), baseline=baseline, tolerance=1e-4)
+        assert found.baseline is not None and found.error is not None
+        assert found.error < 2e-4 * max(abs(found.actual - found.baseline), 1e-2)
+        assert (found.source_values is not None) == (name == "t5")
+
+
+def test_integrated_gradients_equal_a_fine_sum() -> None:
+    made, ids = zoo.model("gpt2").double(), zoo.ids()
+    start = [3] * 9
+    x, x0 = made.embed.weight[ids].detach(), made.embed.weight[start].detach()
+    at = ((torch.arange(400) + 0.5) / 400).double()[:, None, None]
+    line = (x0 + at * (x - x0)).requires_grad_()
+    (grad,) = torch.autograd.grad(made(inputs_embeds=line)[:, -1, 7].sum(), line)
+    expected = (grad.mean(0) * (x - x0)).sum(-1)
+    found = integrated_gradients(made, ids, 7, baseline=start, tolerance=1e-5)
+    torch.testing.assert_close(found.values, expected, atol=1e-4, rtol=0)
+    again = integrated_gradients(made, ids, 7, baseline=start, tolerance=1e-5, batch=5)
+    torch.testing.assert_close(found.values, again.values, atol=1e-9, rtol=0)
+
+
+@pytest.mark.slow
+def test_zero_vectors_under_rms_norms_need_short_intervals() -> None:
+    found = integrated_gradients(zoo.model("llama", wide=False), zoo.ids(), 7)
+    assert found.error is not None and found.steps > 32 and found.error < 1e-2 * abs(found.actual)
+
+
+def test_a_function_of_the_output_and_classes() -> None:
+    ids = zoo.ids()
+    vector = gf.Encoder(zoo.V, zoo.D, (zoo.block(),), position=gf.Learned(32), readout=gf.Vector()).build(seed=0)
+    other = torch.randn(zoo.D, generator=torch.Generator().manual_seed(0))
+    found = integrated_gradients(vector, ids, lambda v: v @ other, baseline="mean")
+    assert found.actual == pytest.approx(float(vector(torch.tensor([ids]))[0] @ other), abs=1e-5)
+    assert found.error is not None and found.error < 1e-3 * max(1.0, abs(found.actual))
+    classes = gf.Encoder(zoo.V, zoo.D, (zoo.block(),), readout=gf.Classifier(3)).build(seed=0)
+    scores = classes(torch.tensor([ids]))[0]
+    assert gradient_x_input(classes, ids, (0, 2)).actual == pytest.approx(float(scores[0] - scores[2]), abs=1e-5)
+    assert gradient_x_input(classes, ids).target == f"class {int(scores.argmax())}"
+    with pytest.raises(InputError, match="target=3 is no class of this model: give a number from 0 to 2"):
+        gradient_x_input(classes, ids, 3)
+    with pytest.raises(InputError, match="ends in Vector, which has no scores: give target= as a function"):
+        gradient_x_input(vector, ids)
+    with pytest.raises(InputError, match=r"one number per row is needed: \(1,\)"):
+        gradient_x_input(vector, ids, lambda v: v)
+
+
+def test_answers_show_themselves() -> None:
+    for name in ("gpt2", "t5"):
+        found = gradient_x_input(zoo.model(name), **zoo.texts(name))
+        assert "need not sum" in str(found).replace("\n", " ")
+        found.plot(dark=True)
+        assert found.best(2)[0][1] == max((*found.values.tolist(), *(() if found.source_values is None else found.source_values.tolist())), key=abs)
+    long: Any = gradient_x_input(zoo.model("llama"), zoo.ids(60))
+    assert long.size()[1] > found.size()[1] or len(long.pieces) == 60
+    long.plot()
+
+
+def test_nothing_is_left_in_the_model() -> None:
+    made = zoo.model("gpt2").train()
+    integrated_gradients(made, zoo.ids(), 3, baseline="mean", steps=8)
+    assert made.training and all(p.grad is None for p in made.parameters())
+
+
+def test_errors_say_what_to_do() -> None:
+    made, ids = zoo.model("gpt2"), zoo.ids()
+    with pytest.raises(InputError, match="baseline='none' is unknown"):
+        integrated_gradients(made, ids, baseline="none")
+    with pytest.raises(InputError, match="The baseline has 3 ids, but the text has 9 tokens"):
+        integrated_gradients(made, ids, baseline=[1, 2, 3])
+    with pytest.raises(InputError, match="Token id 99 was asked about"):
+        integrated_gradients(made, ids, baseline=99)
+    with pytest.raises(InputError, match="steps=0 is a number of gradients"):
+        integrated_gradients(made, ids, steps=0)
+    with pytest.raises(InputError, match="tolerance=0 is the error that is allowed"):
+        integrated_gradients(made, ids, tolerance=0)
+    with pytest.raises(SiteError, match="meets no site"):
+        gradient_x_input(made, ids, site="blocks.9.attn.z")
+    with pytest.raises(InputError, match="names several sites: name one, such as 'blocks.0.attn.z'"):
+        gradient_x_input(made, ids, site="blocks.*.attn.z")

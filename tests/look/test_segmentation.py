@@ -1,0 +1,122 @@
+"""Tokenizers opened: the trail ends where the tokenizer ends, and each step is one that the algorithm takes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from functools import lru_cache
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+import glassformer as gf
+from glassformer import text as texts
+from glassformer.cli import app as cli
+from glassformer.core.errors import InputError, TokenizerError
+from glassformer.look import Edge, Match, Merge, segment
+
+CORPUS = ["the wanderer and the unhappy companion wandered and wandered , unhappily happy in the companionable land of the dead"] * 4
+KINDS = ("bpe", "unigram", "wordpiece", "words", "characters", "bytes")
+
+
+@lru_cache
+def tokenizer(kind: str) -> gf.Tokenizer:
+    special = ("<|end|>",) if kind in ("bpe", "unigram") else ()
+    return texts.train(kind, texts=CORPUS, vocab_size={"bpe": 300, "bytes": None}.get(kind, 90), min_frequency=1, special=special)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_trail_ends_with_the_tokens(kind: str) -> None:
+    text = "the unhappy wanderer and the dead"
+    found = segment(tokenizer(kind), text)
+    assert [i for w in found.words for i in w.ids] == tokenizer(kind).encode(text)
+    assert [o for w in found.words for o in w.offsets] == [(p.start, p.end) for p in tokenizer(kind).offsets(text)]
+
+
+@given(st.text(st.sampled_from("the wandru hapy,cmoi \nXé’😀"), min_size=1, max_size=30))
+@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "wordpiece"])
+def test_any_text_is_followed(kind: str, text: str) -> None:
+    found = segment(tokenizer(kind), text)
+    assert [i for w in found.words for i in w.ids] == tokenizer(kind).encode(text)
+
+
+def test_bpe_joins_the_pair_that_was_learnt_first() -> None:
+    model = json.loads(tokenizer("bpe").library.to_str())["model"]
+    ranks = {tuple(m): i for i, m in enumerate(model["merges"])}
+    word = next(w for w in segment(tokenizer("bpe"), "a wandered").words if len(w.steps) > 3)
+    pieces = list(word.text)
+    for step in word.steps:
+        assert isinstance(step, Merge)
+        known = [ranks[pair] for pair in itertools.pairwise(pieces) if pair in ranks]
+        assert step.rank == min(known)
+        at = next(i for i in range(len(pieces) - 1) if ranks.get((pieces[i], pieces[i + 1])) == step.rank)
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+    assert not any(pair in ranks for pair in itertools.pairwise(pieces)), "a merge was left undone"
+
+
+def test_unigram_takes_the_best_of_all_paths() -> None:
+    word = max(segment(tokenizer("unigram"), "wandered").words, key=lambda w: len(w.text))
+    edges = [e for e in word.steps if isinstance(e, Edge)]
+
+    def paths(at: int) -> list[list[Edge]]:
+        return [[]] if at == len(word.text) else [[e, *rest] for e in edges if e.start == at for rest in paths(e.end)]
+
+    sums = sorted((math.fsum(e.score for e in p) for p in paths(0)), reverse=True)
+    assert math.fsum(e.score for e in edges if e.taken) == pytest.approx(sums[0])
+    assert f"the best of all paths: {sums[0]:.2f}; the next one {sums[1]:.2f}" == word.note
+
+
+def test_wordpiece_takes_the_longest_that_fits() -> None:
+    vocabulary = json.loads(tokenizer("wordpiece").library.to_str())["model"]["vocab"]
+    (word,) = segment(tokenizer("wordpiece"), "unhappily").words
+    for step in word.steps:
+        assert isinstance(step, Match)
+        assert step.piece in vocabulary
+        prefix = "##" if step.start else ""
+        longer = [prefix + word.text[step.start : end] for end in range(len(word.text), step.start + len(step.piece) - len(prefix), -1)]
+        assert len(longer) == step.tried
+        assert not any(piece in vocabulary for piece in longer)
+    (unknown,) = segment(tokenizer("wordpiece"), "wandq9").words
+    assert unknown.note == "no piece fits the rest, so the whole word is unknown"
+    assert unknown.pieces == ("[UNK]",)
+
+
+def test_special_tokens_are_tokens_of_their_own() -> None:
+    found = segment(tokenizer("bpe"), "the end<|end|>the")
+    assert [w.note for w in found.words if w.text == "<|end|>"] == ["a token of its own"]
+
+
+def test_what_is_said_and_drawn(tmp_path) -> None:
+    for kind in ("bpe", "unigram", "wordpiece"):
+        found = segment(tokenizer(kind), "the wandered <land>")
+        assert found.title in str(found)
+        for name in ("a.png", "a.svg", "a.html", "a.json", "a.csv"):
+            assert found.save(tmp_path / f"{kind}.{name}").stat().st_size > 200
+    assert "rank" in str(segment(tokenizer("bpe"), "the"))
+
+
+def test_errors() -> None:
+    with pytest.raises(InputError, match="The text is empty, so no word of it can be followed: give some text."):
+        segment(tokenizer("bpe"), "")
+    with pytest.raises(InputError, match="segment\\(tokenizer, text\\) opens a tokenizer"):
+        segment("no tokenizer", "text")  # type: ignore[arg-type]
+
+
+def test_a_cut_that_is_not_followed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glassformer.look.segmentation._words", lambda library, config, text: [("wand", None)])
+    with pytest.raises(TokenizerError, match="it cuts in a way that is not followed"):
+        segment(tokenizer("bpe"), "the dead")
+    with pytest.raises(TokenizerError, match="The trail ends after"):
+        segment(tokenizer("bpe"), "wanda")
+
+
+def test_command_line(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tokenizer("bpe").save(tmp_path)
+    assert cli.main(["look", "tokens", "the wanderer", "--model", str(path), "--out", str(tmp_path / "a.svg")]) == 0
+    out = capsys.readouterr().out
+    assert "rank" in out
+    assert "wrote" in out
+    assert cli.main(["look", "tokens", "", "--model", str(path)]) == 2
+    assert "The text is empty" in capsys.readouterr().err

@@ -1,0 +1,122 @@
+"""Steering vectors: what they are, and that an addition holds in forward passes, cached and uncached generation, and ragged batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from glassformer.core.errors import InputError, SiteError
+from glassformer.core.tap import Edit, Record
+from glassformer.infer.generate import generate
+from glassformer.look.steering import SteeringVector, steer, steering_vector
+from glassformer.look.subject import read
+from look import zoo
+
+TEXT = zoo.ids(6)
+
+
+def made(name: str = "llama", size: float = 3.0, layer: int = 1) -> tuple[Any, SteeringVector]:
+    model = zoo.model(name)
+    return model, SteeringVector(size * torch.randn(zoo.D, generator=torch.Generator().manual_seed(0)), layer)
+
+
+def test_the_vector_is_the_difference_of_means() -> None:
+    model = zoo.model("llama").double()
+    good, bad = [zoo.ids(5, 1), zoo.ids(7, 2)], [zoo.ids(4, 3)]
+    found = steering_vector(model, good, bad, 2)
+    values = [read(model, t).run("blocks.2.resid_pre")[0]["blocks.2.resid_pre"][0, -1] for t in (*good, *bad)]
+    torch.testing.assert_close(found.vector, ((values[0] + values[1]) / 2 - values[2]).float())
+    mean = steering_vector(model, good[0], bad[0], 2, None)
+    values = [read(model, t).run("blocks.2.resid_pre")[0]["blocks.2.resid_pre"][0].mean(0) for t in (good[0], bad[0])]
+    torch.testing.assert_close(mean.vector, (values[0] - values[1]).float())
+    assert found.path == "blocks.2.resid_pre" and found.layer == 2 and found.norm > 0
+    assert steering_vector(model, good, bad, 1, unit=True).vector.norm() == pytest.approx(1.0)
+    each = steering_vector(model, good[0], bad[0], 1, "each")  # activation addition: one vector per position
+    assert each.vector.shape == (5, zoo.D)
+    assert steering_vector(model, good, bad, 1, site="ffn.out").path == "blocks.1.ffn.out"
+
+
+def test_an_addition_is_an_edit() -> None:
+    model, vector = made()
+    tokens = torch.tensor([TEXT])
+    add = 2 * vector.vector
+
+    def by_hand(x: torch.Tensor) -> torch.Tensor:
+        y = x.clone()
+        y[:, 3:] += add
+        return y
+
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens, tap=vector.tap(2, 3)), model(tokens, tap=Edit("blocks.1.resid_pre", by_hand)))
+        torch.testing.assert_close(model(tokens, tap=vector.tap(2, 3)), model(tokens, tap=vector.tap(2, slice(3, None))))
+        torch.testing.assert_close(model(tokens, tap=vector.tap(2, [3, 4, 5])), model(tokens, tap=vector.tap(2, 3)))
+        rows = SteeringVector(torch.stack([vector.vector, 0 * vector.vector, vector.vector]), 1)
+        torch.testing.assert_close(model(tokens, tap=rows.tap(1, 2)), model(tokens, tap=vector.tap(1, [2, 4])))
+
+
+@pytest.mark.parametrize("positions", [None, 7, 2, slice(5, 9), [6, 8], 3])
+def test_places_hold_in_cached_generation(positions: Any) -> None:
+    """Counted in the whole row: the cached run gives what the uncached one gives, and the streams are changed exactly there."""
+    model, vector = made()
+    tap = vector.tap(1.5, positions)
+    cached = generate(model, TEXT, max_new_tokens=8, tap=tap, eos_id=())
+    plain = generate(model, TEXT, max_new_tokens=8, tap=tap, cache=False, eos_id=())
+    assert cached.ids == plain.ids
+    torch.testing.assert_close(torch.tensor(cached.logprobs), torch.tensor(plain.logprobs), atol=1e-4, rtol=1e-4)
+    whole = torch.tensor([TEXT + cached.ids])
+    before, after = Record("blocks.1.resid_pre"), Record("blocks.1.resid_pre")
+    with torch.no_grad():
+        model(whole, tap=before | tap | after)
+    moved = (after["blocks.1.resid_pre"] - before["blocks.1.resid_pre"])[0].norm(dim=-1) > 0
+    want = {None: range(14), 7: range(7, 14), 2: range(2, 14), 3: range(3, 14)}.get(positions if not isinstance(positions, slice | list) else "", positions)
+    assert moved.nonzero().flatten().tolist() == (list(range(14))[want] if isinstance(want, slice) else list(want))
+
+
+def test_ragged_rows_count_their_own_places() -> None:
+    model, vector = made()
+    prompts = [TEXT, TEXT[:3]]
+    both = generate(model, prompts, max_new_tokens=6, tap=vector.tap(1.5, 5), eos_id=())
+    alone = [generate(model, p, max_new_tokens=6, tap=vector.tap(1.5, 5), eos_id=()) for p in prompts]
+    assert [o.ids for o in both] == [o.ids for o in alone]
+
+
+def test_an_encoder_decoder_is_steered_while_it_writes() -> None:
+    model = zoo.model("t5")
+    vector = steering_vector(model, zoo.ids(4, 1), zoo.ids(4, 2), 1, source=zoo.ids(5))
+    assert vector.path == "decoder.blocks.1.resid_pre"
+    steered = generate(model, zoo.ids(5), max_new_tokens=5, tap=vector.tap(20.0, 1), eos_id=())
+    plain = generate(model, zoo.ids(5), max_new_tokens=5, tap=vector.tap(20.0, 1), cache=False, eos_id=())
+    assert steered.ids == plain.ids
+    with pytest.raises(InputError, match="this model continues no text"):
+        steer(model, zoo.ids(4), vector, source=zoo.ids(5))
+
+
+def test_steer_shows_them_side_by_side() -> None:
+    model, vector = made(size=20)
+    found = steer(model, TEXT, vector, [1.0, 5.0], max_new_tokens=5, eos_id=())
+    assert found.strengths == (0.0, 1.0, 5.0) and [len(i) for i in found.ids] == [5, 5, 5]
+    assert found.ids[0] == tuple(generate(model, TEXT, max_new_tokens=5, eos_id=()).ids)
+    assert found.kl[0] == 0 and found.kl[2] > 0 and found.logprob[0] > found.logprob[2]
+    assert "continuation" in str(found) and found.plot() is not None and found.plot(dark=True) is not None
+    assert len(steer(model, TEXT, 2 * vector, 1, max_new_tokens=2, eos_id=()).ids) == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda m: steering_vector(m, zoo.ids(4), zoo.ids(4), 1), InputError, "give the same mean there"),
+        (lambda m: steering_vector(m, [], zoo.ids(4), 1), InputError, "No positive text was given"),
+        (lambda m: steering_vector(m, zoo.ids(4), zoo.ids(4, 1), 9), SiteError, "Layer 9 was asked for"),
+        (lambda m: steering_vector(m, zoo.ids(4), zoo.ids(4, 1), 1, "first"), InputError, "position='first': a number, None"),
+        (lambda m: steering_vector(m, [zoo.ids(4)] * 2, zoo.ids(4, 1), 1, "each"), InputError, "is the difference of two texts, but 2 and 1"),
+        (lambda m: steering_vector(m, zoo.ids(4), zoo.ids(4, 1), 1, site="attn.z"), InputError, "a direction of the stream is added"),
+        (lambda m: SteeringVector(torch.ones(zoo.D), 1).tap(1, -1), InputError, "counted from 0, not from the end"),
+        (lambda m: m(torch.tensor([TEXT]), tap=SteeringVector(torch.ones(5), 1).tap()), InputError, "The vector has 5 numbers, but the value at"),
+        (lambda m: SteeringVector(torch.ones(1, 2, 3), 1).tap(), InputError, "one direction .d. is added"),
+    ],
+)
+def test_what_cannot_steer_is_said(call: Any, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        call(zoo.model("llama"))
