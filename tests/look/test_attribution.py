@@ -109,7 +109,7 @@ def test_a_head_is_its_change_of_the_logit_at_a_frozen_scale() -> None:
     made(tap, tap=whole)
     norm, read = made.final_norm, made.readout.weight[7]
     scale = whole["final_norm.scale"][0, -1]
-    worth = lambda v: float(((v - v.mean()) / scale * norm.weight) @ read)
+    worth = lambda v: float((((v - v.mean()) / scale * norm.weight) @ read).detach())
     for h in range(4):
         assert found[f"2.{h}"] == pytest.approx(worth(whole["blocks.2.attn.result"][0, -1, h]), abs=1e-9)
     units = direct_logit_attribution(made, ids, target=7, by="neuron", top=24)
@@ -117,7 +117,7 @@ def test_a_head_is_its_change_of_the_logit_at_a_frozen_scale() -> None:
     for f in range(24):
         assert units[f"2.ffn.{f}"] == pytest.approx(worth(whole["blocks.2.ffn.post"][0, -1, f] * down.weight[:, f]), abs=1e-9)
     assert units["2.ffn.rest"] == pytest.approx(0.0, abs=1e-12) and units["2.ffn.bias"] == pytest.approx(worth(down.bias), abs=1e-9)
-    assert found["final_norm.bias"] == pytest.approx(float(norm.bias @ read), abs=1e-9)
+    assert found["final_norm.bias"] == pytest.approx(float((norm.bias @ read).detach()), abs=1e-9)
 
 
 def test_a_planted_writer_is_found() -> None:
@@ -222,6 +222,12 @@ def test_other_answers_show_themselves() -> None:
 # What cannot be asked
 
 
+def test_one_token_is_a_text_too() -> None:
+    made = zoo.model("gpt2")
+    assert attention_rollout(made, [3]).weights.tolist() == [[1.0]] and value_contribution(made, [3], 0).agreement.isnan().all()
+    assert direct_logit_attribution(made, [3], by="source").error < 1e-4
+
+
 def test_errors_say_what_to_do() -> None:
     made, ids = zoo.model("gpt2"), zoo.ids()
     with pytest.raises(InputError, match="'heads' is no way to split a logit. Did you mean 'head'"):
@@ -263,5 +269,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "more rows" in capsys.readouterr().out
     assert cli.main([*base, "--by", "integrated", "--baseline", "mean", "--out", str(tmp_path / "x.json")]) == 0
     assert "completeness error" in capsys.readouterr().out and (tmp_path / "x.json").exists()
-    assert cli.main([*base, "--by", "heads"]) == 2
-    assert "'heads' is no way to attribute" in capsys.readouterr().err
+    for wrong, said in (
+        (["--by", "heads"], "'heads' is no way to attribute"),
+        (["--by", "rollout", "--target", "old"], "knows no target"),
+        (["--by", "source", "--baseline", "mean"], "use it with --by integrated"),
+        (["--by", "integrated", "--baseline", "²"], "baseline='²' is unknown"),
+    ):
+        assert cli.main([*base, *wrong]) == 2
+        assert said in capsys.readouterr().err

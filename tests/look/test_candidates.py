@@ -12,8 +12,8 @@ import glassformer as gf
 from glassformer.cli import app as cli
 from glassformer.core.errors import InputError
 from glassformer.core.modes import evaluating
-from glassformer.look.candidates import candidates
 from glassformer.look.comparison import compare, mean_gradient
+from glassformer.look.next_tokens import candidates
 from look import zoo
 
 ALL = list(zoo.SPECS)
@@ -208,3 +208,29 @@ def test_from_the_command_line(tmp_path: Path, capsys, monkeypatch):
     assert "temperature=0" in capsys.readouterr().err
     assert cli.main(["look", "compare", "the old man", "the red fox", "--model", "m", "--position", "9"]) == 2
     assert "Position 9 was asked for, but the text has 3 tokens" in capsys.readouterr().err
+
+
+def test_the_smallest_temperatures_leave_the_best_and_wrong_ones_say_so():
+    model, ids = zoo.model("gpt2"), zoo.ids()
+    for temperature in (1e-9, 1e-45, 1e-300):
+        found = candidates(model, ids, temperature=temperature, k=3)
+        assert found.p.tolist() == [1, 0, 0] and found.entropy == 0 and found.ids[0] == logits_of(model, ids)[-1].argmax()
+    assert candidates(model, ids, temperature=float("inf")).entropy == pytest.approx(np.log2(zoo.V), abs=1e-5)
+    for wrong in (None, float("nan"), "1", True, -1):
+        with pytest.raises(InputError, match="logits are divided by it, so it is above 0"):
+            candidates(model, ids, temperature=wrong)
+    with pytest.raises(InputError, match="k=True: at least 1 token is listed"):
+        candidates(model, ids, k=True)
+
+
+def test_long_texts_with_the_same_end_are_told_apart_by_where_they_part():
+    tokenizer, end = zoo.words(), " and the dog ran home to Rome or Paris when it rained , said Mary"
+    found = compare(zoo.model("llama"), "the old man saw a red fox" + end, "the old man saw a big fox" + end, tokenizer=tokenizer)
+    assert found.texts == ("“…man saw a red fox and the dog…”", "“…man saw a big fox and the dog…”")
+
+
+@pytest.mark.parametrize("given", ["--3", "²", "3-", ""])
+def test_a_position_that_is_no_number_is_a_word(given):
+    from glassformer.cli.look.common import position_of
+
+    assert position_of(given) == given and position_of("-2") == -2 and position_of(None) is None

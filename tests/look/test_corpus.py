@@ -87,19 +87,19 @@ def test_a_killed_run_goes_on(model, words, file, tmp_path, monkeypatch):
     want = activations(model, file, SITES, tmp_path / "whole", **options)
     real, calls = corpus._write, []
 
-    def killed(path, tensors):
+    def killed(path, *rest):
         if len(calls) == 2:
-            (path.parent / f".{path.name}").write_bytes(b"half")
+            (path.parent / f".{path.name}.draft").write_bytes(b"half")
             raise KeyboardInterrupt
         calls.append(path)
-        real(path, tensors)
+        real(path, *rest)
 
     monkeypatch.setattr(corpus, "_write", killed)
     with pytest.raises(KeyboardInterrupt):
         activations(model, file, SITES, tmp_path / "acts", **options)
     with pytest.raises(InputError, match=r"is not whole: \d+ of \d+ shards are missing; call activations again"):
         read_activations(tmp_path / "acts")
-    monkeypatch.setattr(corpus, "_write", lambda p, x: (calls.append(p), real(p, x)))
+    monkeypatch.setattr(corpus, "_write", lambda p, *rest: (calls.append(p), real(p, *rest)))
     acts = activations(model, file, SITES, tmp_path / "acts", **options)
     assert len(calls) == len(set(calls)) == len(list((tmp_path / "acts").glob("*.safetensors")))  # no shard was made twice
     assert not list((tmp_path / "acts").glob(".*"))
@@ -148,7 +148,104 @@ def test_what_cannot_be_kept(model, words, file, tmp_path):
         acts["embedd"]
 
 
+def test_a_pass_stays_within_the_budget_whatever_the_shards_were_begun_with(model, words, file, tmp_path, monkeypatch):
+    """Shards are written as they are computed: what a folder was begun with says nothing of the memory that going on takes."""
+    options: dict[str, Any] = {"tokenizer": words, "batch": 16, "context": 10}
+    want = activations(model, file, SITES, tmp_path / "whole", **options)
+    need = {n: corpus._plan(model, tuple(SITES), n, 10, torch.float32, 10**9) for n in (1, 16)}
+    assert need[16][1] == 16 and need[1][2] == need[16][2]
+    seen: list[int] = []
+    monkeypatch.setattr(model, "states", lambda tokens, tap: (seen.append(len(tokens)), type(model).states(model, tokens, tap=tap)))
+    tight = next(b for b in range(1000, 10**6, 1000) if _fits(model, b))
+    acts = activations(model, file, SITES, tmp_path / "acts", budget=3 * tight, **options)
+    assert 1 <= max(seen) < 16
+    (tmp_path / "acts" / corpus._shard(0)).unlink()
+    seen.clear()
+    acts = activations(model, file, SITES, tmp_path / "acts", budget=tight, **options)
+    assert max(seen) == 1
+    for site in want.sites:
+        torch.testing.assert_close(acts[site][:], want[site][:], atol=1e-5, rtol=1e-5)
+
+
+def _fits(model: Any, budget: int) -> bool:
+    try:
+        return bool(corpus._plan(model, tuple(SITES), 1, 10, torch.float32, budget))
+    except InputError:
+        return False
+
+
+def test_places_by_mask_and_nonsense(model, words, tmp_path):
+    acts = activations(model, [TEXT], "embed", tmp_path / "a", tokenizer=words)
+    rows, mask = acts["embed"], torch.arange(len(acts)) % 7 == 3
+    assert torch.equal(rows[mask], rows[:][mask]) and torch.equal(rows[np.int64(4)], rows[:][4]) and rows[[]].shape == (0, zoo.D)
+    for wrong in (1.5, [0.5], mask[:4], torch.zeros(2, 2, dtype=torch.long)):
+        with pytest.raises(InputError, match="Places are whole numbers, a slice, or a mask"):
+            rows[wrong]
+    with pytest.raises(InputError, match="size is a number of tokens, at least 1, but 0 was given"):
+        next(acts.batches("embed", 0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "said"),
+    [
+        (("x" * 5000, "embed"), {}, "cannot be read as a file"),
+        ((5, "embed"), {}, "A text file or a list of texts is read, but a whole number was given"),
+        (([1, 2], "embed"), {}, "The list of texts holds a whole number"),
+        (([TEXT], 5), {}, "Sites are named by a pattern"),
+        (([TEXT], "embed"), {"most": -3}, "most is a number of tokens, at least 1, but -3 was given"),
+        (([TEXT], "embed"), {"budget": float("nan")}, "budget is a number of bytes"),
+        (([TEXT], "embed"), {"batch": 0}, "batch is a whole number of at least 1"),
+    ],
+)
+def test_nonsense_is_answered_in_a_sentence(model, words, tmp_path, arguments, options, said):
+    with pytest.raises(InputError, match=said):
+        activations(model, *arguments, tmp_path / "a", tokenizer=words, **options)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_damaged_folder_is_refused(model, words, tmp_path):
+    folder = tmp_path / "a"
+    activations(model, [TEXT], "embed", folder, tokenizer=words)
+    index = json.loads((folder / "index.json").read_text())
+    for name, value in (("windows_per_shard", 0), ("sites", {}), ("tokens", "9"), ("context", None)):
+        (folder / "index.json").write_text(json.dumps(index | {name: value}))
+        with pytest.raises(InputError, match=f"{name}'.*: remove the folder and write it again"):
+            read_activations(folder)
+    (folder / "index.json").write_text(json.dumps(index | {"sites": {"embed": [3]}}))
+    with pytest.raises(InputError, match=r"activations-00000\.safetensors in .* has shape \[\d+, 16\] at 'embed', but index\.json says \[\d+, 3\]"):
+        read_activations(folder)
+
+
+def test_what_float16_cannot_hold_is_said(words, tmp_path):
+    model = zoo.model("gpt2")
+    with torch.no_grad():
+        model.blocks[1].ffn.down.bias[5] += 1e5
+    with pytest.raises(InputError, match=r"'blocks\.1\.resid_post' is beyond what float16 holds \(65,504\): keep the activations as bfloat16"):
+        activations(model, [TEXT], "blocks.*.resid_post", tmp_path / "a", tokenizer=words, dtype="float16", context=32)
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["index.json"]
+    folder = tmp_path / "b"
+    assert float(activations(model, [TEXT], "blocks.1.resid_post", folder, tokenizer=words, dtype="bfloat16", context=32)["blocks.1.resid_post"][3][5]) > 9e4
+
+
 # Statistics
+
+
+def test_statistics_are_of_the_heads_that_were_asked_for(model, words, tmp_path):
+    one = site_statistics(model, [TEXT], "blocks.0.attn.z[1]", tokenizer=words, context=10)["blocks.0.attn.z"]
+    x = by_hand(model, words.encode(TEXT), 10, "blocks.0.attn.z[1]").flatten(1)
+    assert one.mean.shape == (4,)
+    torch.testing.assert_close(one.mean.float(), x.mean(0), atol=1e-5, rtol=1e-5)
+    acts = activations(model, [TEXT], SITES, tmp_path / "a", tokenizer=words, context=10)
+    found = site_statistics(acts, sites="blocks.*.resid_post")
+    assert [s.site for s in found.sites] == acts.sites[1:]
+    for arguments, options, said in (
+        ((acts, "text.txt"), {}, "leave texts and most out"),
+        ((acts,), {"most": 3}, "leave texts and most out"),
+        ((acts,), {"sites": "blocks.0.attn.z[1]"}, "leave the brackets out"),
+        ((acts,), {"sites": "blocks.*.resid_pst"}, r"'blocks\.\*\.resid_pst' was not kept in"),
+    ):
+        with pytest.raises((InputError, SiteError), match=said):
+            site_statistics(*arguments, **options)
 
 
 def test_merged_moments_are_numpys():

@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import glassformer as gf
+from glassformer import look
 from glassformer.cli.app import main
 from glassformer.core.errors import CheckpointError, GlassformerError, InputError, SiteError
 from glassformer.look.edits import Add, Intervention, Remove, Scale, Set, Zero, load_edits
+from glassformer.train import checkpoint
+from glassformer.train.recipe import Recipe
+from glassformer.train.run import check_settings
 from look import zoo
 
 D = zoo.D
@@ -176,7 +181,7 @@ def test_files_that_are_none(tmp_path):
         (lambda: Zero("blocks.9.attn.z"), SiteError, r"'blocks\.9\.attn\.z' meets no site of this model"),
         (lambda: Add("blocks.0.resid_post", V[:5]), InputError, r"vector has shape \[5\], but at 'blocks\.0\.resid_post' it must be \[16\] \(d\)"),
         (lambda: Set("blocks.0.attn.z[1,2]", torch.ones(3, 4)), InputError, r"value has shape \[3, 4\], but at .* it must be \[2, 4\] \(h k\)"),
-        (lambda: Add("blocks.0.attn.pattern", V), InputError, "it must be a single number, because its other axes grow with the text"),
+        (lambda: Add("blocks.0.attn.scores", V), InputError, "it must be a single number, because its other axes grow with the text"),
         (lambda: Zero("logits", positions="3:"), SiteError, "edit 'resid_final'"),
         (lambda: Zero("embed", positions="-1"), InputError, "positions are counted from the beginning of the row"),
         (lambda: Zero("embed", positions="5:3"), InputError, r"written as '7:' \(from 7 on\)"),
@@ -187,6 +192,21 @@ def test_files_that_are_none(tmp_path):
         (lambda: Add("embed"), InputError, "needs vector"),
         (lambda: Remove("embed", torch.zeros(D)), InputError, "a direction is a vector that is not zero"),
         (lambda: Zero("embed[1]"), SiteError, "has no head axis"),
+        (lambda: Add("blocks.0.attn.pattern", 0.1), SiteError, "would also look at what is masked: Zero or Scale the pattern"),
+        (lambda: Set("blocks.0.attn.pattern[1]", 0.5), SiteError, "would also look at what is masked"),
+        (lambda: Remove("embed", [1.0]), InputError, r"direction has shape \[1\], but at 'embed' it must be as long as the last axis, 16"),
+        (lambda: Remove("blocks.0.attn.scores", [1.0]), InputError, "no direction has their length"),
+        (lambda: Remove("blocks.0.attn.z", torch.eye(4)[:, :4] * torch.tensor([1.0, 0, 1, 1])[:, None]), InputError, "a vector that is not zero"),
+        (lambda: Zero("embed", positions="9" * 5000), InputError, "positions are written as"),
+        (lambda: Zero("embed", positions=[1.5]), InputError, "positions are written as"),
+        (lambda: Zero("embed", steps=[]), InputError, "steps are written as"),
+        (lambda: Scale("embed", 10**400), InputError, "by is a finite number, but 1000"),
+        (lambda: Add("embed", 10**400), InputError, "vector is a tensor or numbers, but a whole number was given"),
+        (lambda: Zero("blocks.0.attn.z[0-999999999999]"), SiteError, "'0-999999999999' is no number up to 100,000"),
+        (lambda: Zero("blocks.{3-1}.attn.z"), SiteError, "nor a range from a smaller to a larger one"),
+        (lambda: Zero("blocks.0.attn.z[\u00b2]"), SiteError, "is neither a number nor a range"),
+        (lambda: Zero(".".join(["**"] * 2000)), SiteError, "has 2000 segments, but no site's path has more than 12"),
+        (lambda: Zero(None), SiteError, "A site is named by a text"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_said_before_anything_runs(make, kind, said):
@@ -199,6 +219,56 @@ def test_positions_along_a_source_are_refused():
         Intervention("x", (Zero("decoder.blocks.0.cross.k", positions="1:"),)).tap(zoo.model("t5"))
     with pytest.raises(SiteError, match="holds numbers of experts: only Set fits"):
         Intervention("x", (Scale("blocks.0.experts.chosen", 2.0),)).tap(zoo.model("experts"))
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "sigmoid"])
+def test_what_is_masked_stays_so_whatever_is_done_to_the_scores(name):
+    """Nothing later reaches a position, and no weight becomes NaN."""
+    model, site = zoo.model(name), "blocks.1.attn.scores"
+    for change in (Zero(site), Scale(site, 0.0), Scale(site, -2.0), Set(site, 3.0), Add(site, 1.0), Zero(f"{site}[1]", positions="2:")):
+        tap, seen = Intervention("s", (change,)).tap(model), gf.Record("blocks.1.attn.pattern", "logits")
+        with torch.no_grad():
+            model(tokens(), tap=tap | seen)
+            pattern = seen["blocks.1.attn.pattern"]
+            assert seen["logits"].isfinite().all() and pattern.isfinite().all()
+            if name != "bert":
+                assert not pattern.triu(1).any(), change
+                torch.testing.assert_close(model(tokens()[:, :5], tap=tap), seen["logits"][:, :5], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", list(zoo.SPECS))
+def test_every_edit_holds_at_every_site(name):
+    """A value set by hand may lie anywhere in memory: the pass goes on from it in every kind of model."""
+    model = zoo.model(name)
+    inputs = (*((tokens(6),) if name == "t5" else ()), tokens())
+    sites = [x.path for x in model.sites() if not x.path.endswith(".chosen")]
+    for kind, by in ((Zero, ()), (Scale, (0.5,)), (Set, (0.25,)), (Add, (0.25,))):
+        chosen = [site for site in sites if kind in (Zero, Scale) or not site.endswith("pattern")]
+        tap, seen = Intervention("e", tuple(kind(site, *by) for site in chosen)).tap(model), gf.Record(*chosen)
+        with torch.no_grad():
+            model(*inputs, tap=tap | seen)
+        for site in chosen if kind in (Zero, Set) else ():
+            held = seen[site][seen[site].isfinite()]
+            assert torch.equal(held, torch.full_like(held, *(by or (0.0,)))), site
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: Intervention("x", 5), "holds one or more of Zero, Scale, Add, Set, Remove, but a whole number was given"),
+        (lambda: Intervention("x", None), "but None"),
+        (lambda: Intervention("\udc80", (Zero("embed"),)), "cannot be written as text"),
+        (lambda: Intervention(5, (Zero("embed"),)), "has a name to be known by, but 5"),
+        (lambda: Intervention("x", (Zero("embed"),)).tap("model"), "Edits are checked against a model, but a text was given"),
+        (lambda: Intervention("x", (Zero("embed"),)).save(5), "is named by its path, but a whole number was given"),
+        (lambda: load_edits(None), "is named by its path"),
+        (lambda: load_edits("a\0b.json"), "There is no file of edits at"),
+        (lambda: load_edits("/"), "There is no file of edits at"),
+    ],
+)
+def test_nonsense_is_answered_in_a_sentence(call, said):
+    with pytest.raises(InputError, match=said):
+        call()
 
 
 def test_no_edit_no_intervention():
@@ -221,10 +291,15 @@ def test_under_compile():
 # Training
 
 
-def test_a_head_that_is_off_in_training_learns_nothing_and_the_run_remembers_it(tmp_path):
+@pytest.fixture
+def small() -> Any:
     sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
     import small
 
+    return small
+
+
+def test_a_head_that_is_off_in_training_learns_nothing_and_the_run_remembers_it(tmp_path, small):
     made = small.model()
     before = made.blocks[0].attn.out.weight.detach().clone()
     k = made.blocks[0].attn.d_head
@@ -268,6 +343,54 @@ def test_edits_on_the_command_line(saved, capsys):
     assert "picks head 8, but 'blocks.0.attn.z' has 4 heads, 0 to 3." in capsys.readouterr().err
     assert main(["generate", model, "the old man", "--edits", str(saved / "none.json")]) == 2
     assert "There is no file of edits" in capsys.readouterr().err
+
+
+def test_edits_hold_in_what_is_looked_at(saved, capsys):
+    """The same file in the commands that look: what is shown is what the edited model computes."""
+    model, edits = str(saved / "model"), str(saved / "loud.json")
+    loaded = gf.load(model)
+    tap = load_edits(edits).tap(loaded)
+    with torch.no_grad():
+        want = loaded.model(torch.tensor([loaded.tokenizer.prompt("the old man")]), tap=tap)[0, -1].softmax(-1)
+    best = look.candidates(loaded, "the old man", 3, tap=tap)
+    torch.testing.assert_close(best.p, want.topk(3).values)
+    lens = look.logit_lens(loaded, "the old man", tap=tap)
+    torch.testing.assert_close(lens.p[-1, -1, 0], want.max())
+    seen = {}
+    for command in ("candidates", "lens", "page"):
+        file = saved / f"{command}.{'html' if command == 'page' else 'json'}"
+        for options in ([], ["--edits", edits]):
+            assert main(["look", command, "the old man", "-m", model, "-o", str(file), *options]) == 0
+            seen[command, bool(options)] = file.read_text()
+        assert seen[command, False] != seen[command, True]
+        capsys.readouterr()
+        assert main(["look", command, "the old man", "-m", model, "-o", str(file), "--edits", str(saved / "bad.json")]) == 2
+        assert "picks head 8, but 'blocks.0.attn.z' has 4 heads, 0 to 3." in capsys.readouterr().err
+    assert json.loads(seen["candidates", True])["p"][0] == pytest.approx(float(want.max()), rel=1e-4)
+    with pytest.raises(InputError, match=r"tap= sees or edits a pass, but a text was given"):
+        look.candidates(loaded, "the old man", tap="loud.json")
+
+
+def test_samples_while_training_are_of_the_edited_model(saved, capsys):
+    spec = zoo.SPECS["llama"]
+    recipe = Recipe(spec, str(saved / "text.txt"), steps=2, batch=2, context=8, sample="the", compile=False, tensorboard=False, validation=0.0)
+    Intervention("mute", (Scale("resid_final", 0.0), Add("resid_final", V, 500.0))).save(saved / "mute.json")
+    (saved / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
+    assert main(["train", str(saved / "recipe.yaml"), "-o", str(saved / "none"), "--edits", str(saved / "no.json")]) == 2
+    assert "There is no file of edits" in capsys.readouterr().err and not (saved / "none").exists()
+    samples = []
+    for name, tap in (("plain", None), ("edited", load_edits(saved / "mute.json").tap)):
+        trainer = recipe.trainer(saved / name, progress=False, tap=tap)
+        samples.append(trainer.sample(trainer.model))
+    assert samples[0] != samples[1] and len(set(samples[1][3:])) <= 2  # one token is all that it says
+
+
+def test_a_run_from_before_there_were_taps_goes_on(small):
+    now = small.trainer(small.model(), steps=4)._settings()
+    assert now["tap"] is None
+    check_settings({k: checkpoint.plain(v) for k, v in now.items() if k != "tap"}, now)
+    with pytest.raises(CheckpointError, match="tap was None and is 'ab'"):
+        check_settings({k: checkpoint.plain(v) for k, v in now.items() if k != "tap"}, now | {"tap": "ab"})
 
 
 def test_errors_are_of_one_family():

@@ -137,3 +137,65 @@ def test_edits_know_their_positions(both: tuple[str, Any, Any]) -> None:
     f = foreign(theirs)
     with torch.no_grad():
         torch.testing.assert_close(f(TOKENS, tap=edit.tap(f)), ours(TOKENS, tap=edit.tap(ours)), atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_asked_from_outside_is_what_is_asked_of_ours(both: tuple[str, Any, Any]) -> None:
+    """Candidates, comparison and lens of their model are those of the same checkpoint opened by us: a sandwich's norms and a mixture's experts too."""
+    _, theirs, ours = both
+    f, ids, other = foreign(theirs), TOKENS[0].tolist(), [4, 7, 7, 20, 9, 3]
+    near = {"atol": 1e-4, "rtol": 1e-3}
+    a, b = look.candidates(f, ids, k=5), look.candidates(ours, ids, k=5)
+    assert torch.equal(a.ids, b.ids)
+    torch.testing.assert_close(a.p, b.p, **near)
+    one, two = look.compare(f, ids, other, target=(3, 5)), look.compare(ours, ids, other, target=(3, 5))
+    torch.testing.assert_close((one.p, one.distance, one.aligned, one.lens_js), (two.p, two.distance, two.aligned, two.lens_js), **near)
+    assert one.change == pytest.approx(two.change, abs=1e-4) and one.heads is None and "Logit of" in str(one)
+    for of in ("resid_post", "attn", "ffn"):
+        seen, own = (look.logit_lens(m, ids, of=of, words=[3], keep_logits=True) for m in (f, ours))
+        assert seen.rows == own.rows and seen.logits is not None and own.logits is not None
+        torch.testing.assert_close(seen.logits, own.logits, **near)
+        torch.testing.assert_close(seen.probability(3), own.probability(3), **near)
+    with pytest.raises(SiteError, match="'blocks...resid_mid' cannot be reached in this"):
+        look.logit_lens(f, ids, of="resid_mid")
+
+
+def test_what_sublayers_give_sums_to_the_stream() -> None:
+    """OPT hands all rows to its feed-forward as one; Falcon adds attention into what its feed-forward has given; Olmo 2 norms what is added."""
+    more = {"num_key_value_heads": 2}
+    for theirs in (
+        transformers.OPTForCausalLM(
+            transformers.OPTConfig(vocab_size=V, num_hidden_layers=2, hidden_size=32, num_attention_heads=4, ffn_dim=44, word_embed_proj_dim=32)
+        ),
+        transformers.FalconForCausalLM(transformers.FalconConfig(vocab_size=V, num_hidden_layers=2, hidden_size=32, num_attention_heads=4)),
+        transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**SMALL, **more)),
+    ):
+        f = foreign(theirs.eval())
+        tap, _ = record(f, "blocks.*.resid_pre", "blocks.*.resid_post", "blocks.*.attn.out", "blocks.*.ffn.*")
+        assert tap["blocks.0.ffn.post"].shape[:2] == TOKENS.shape
+        for i in range(2):
+            given = [tap[f"blocks.{i}.{part}.out"] for part in ("attn", "ffn")]
+            with torch.no_grad():
+                given = [g if (norm := f.norm_behind(i, part)) is None else norm(g) for g, part in zip(given, ("attn", "ffn"), strict=True)]
+            torch.testing.assert_close(tap[f"blocks.{i}.resid_pre"] + given[0] + given[1], tap[f"blocks.{i}.resid_post"], atol=1e-5, rtol=1e-4)
+
+
+def test_what_would_be_misread_is_not_offered() -> None:
+    with pytest.raises(InputError, match="AlbertForMaskedLM has 2 layers made of 1 blocks that are run again and again"):
+        foreign(transformers.AlbertForMaskedLM(transformers.AlbertConfig(**SMALL, embedding_size=16)))
+    cut = foreign(transformers.GPTBigCodeForCausalLM(transformers.GPTBigCodeConfig(vocab_size=V, n_layer=1, n_embd=32, n_head=4)).eval())
+    assert "blocks.0.attn.q" not in cut.places and "blocks.0.attn.z" in cut.places
+    bare = foreign(transformers.LlamaModel(transformers.LlamaConfig(**SMALL)).eval())
+    assert bare.causal and not foreign(transformers.BertModel(transformers.BertConfig(**SMALL))).causal
+    assert bare(TOKENS).shape == (1, 6, 32)
+    classes = foreign(transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL)).eval())
+    assert classes(TOKENS).shape == (1, 6, 32)
+    with pytest.raises(InputError, match="no read-out over tokens is found in this BertForSequenceClassification from outside: load it with one"):
+        look.candidates(classes, TOKENS[0])
+    for given, message in (
+        ({"tokens": [1, 2]}, "What is read is a list, but a model reads tokens"),
+        ({"tokens": TOKENS[0]}, r"What is read has shape \(6,\), but a model reads tokens"),
+        ({}, "Neither tokens nor inputs_embeds"),
+        ({"tokens": TOKENS, "inputs_embeds": torch.zeros(1, 6, 32)}, "Both tokens and inputs_embeds"),
+    ):
+        with pytest.raises(InputError, match=message):
+            bare(**given)  # type: ignore[arg-type]

@@ -124,3 +124,27 @@ def test_errors_say_what_to_do() -> None:
         gradient_x_input(made, ids, site="blocks.9.attn.z")
     with pytest.raises(InputError, match="names several sites: name one, such as 'blocks.0.attn.z'"):
         gradient_x_input(made, ids, site="blocks.*.attn.z")
+
+
+def test_what_has_no_gradient_is_said() -> None:
+    made, ids = zoo.model("gpt2"), zoo.ids()
+    for target in (lambda o: o.argmax(-1)[:, -1], lambda o: torch.ones(len(o))):
+        for site in (None, "blocks.0.attn.z"):
+            with pytest.raises(InputError, match=r"has no gradient: what it returns is constant"):
+                gradient_x_input(made, ids, target, site=site)
+    with pytest.raises(InputError, match="chosen' holds whole numbers"):
+        gradient_x_input(zoo.model("experts"), ids, site="blocks.0.experts.chosen")
+    with pytest.raises(InputError, match="site=3 is no name"):
+        gradient_x_input(made, ids, site=3)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="tolerance=nan"):
+        integrated_gradients(made, ids, tolerance=float("nan"))
+    with pytest.raises(InputError, match="most=16 gradients are allowed, but steps=100"):
+        integrated_gradients(made, ids, steps=100, most=16)
+
+
+def test_a_model_whose_weights_are_frozen_has_gradients_too() -> None:
+    made, ids = zoo.model("gpt2"), zoo.ids()
+    wanted = [gradient_x_input(made, ids, 3, site=site).values for site in ("blocks.1.attn.z", "embed")]
+    made.requires_grad_(False)
+    for site, values in zip(("blocks.1.attn.z", "embed"), wanted, strict=True):
+        torch.testing.assert_close(gradient_x_input(made, ids, 3, site=site).values, values)

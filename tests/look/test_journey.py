@@ -482,6 +482,10 @@ def test_a_journey_is_json_without_its_numbers():
     assert set(first) == {"name", "layer", "title", "formula", "axes", "shape", "inputs", "dtype", "kind", "side", "meaning"}
     assert first["shape"] == [4, 9, 6] and first["inputs"] == ["decoder.blocks.0.cross.scores"] and first["layer"] == 0
     assert way["blocks.0.cross.pattern"] is way["decoder.blocks.0.cross.pattern"]
+    with pytest.raises(InputError, match="where=3 is no text: write a number or a range for each axis"):
+        way.values("blocks.0.cross.pattern", 3)
+    assert "probabilities" in way and "decoder.next" in way and "encoder.probabilities" not in way
+    assert len(way.plot().axes) == 4, "lengths, their colours, what is added, what is expected"
     assert way.labels("blocks.0.cross.pattern")["key"] == list(way.source_pieces)
 
 

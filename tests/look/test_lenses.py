@@ -169,6 +169,7 @@ def test_parts_that_do_not_add_up_are_refused():
 def test_it_shows_itself(tmp_path: Path):
     tokenizer = zoo.words()
     found = logit_lens(zoo.model("llama"), "the old man saw a red fox", tokenizer=tokenizer, words=["fox", "dog"], target=("fox", "dog"))
+    assert torch.equal(found.rank("fox"), found.rank(tokenizer.encode("fox")[0]))
     text = str(found)
     assert "Logit lens: the stream after each block" in text and "Entropy and KL in bits." in text
     assert found.grid().columns[-5:] == ("rank 'fox'", "p 'fox'", "rank 'dog'", "p 'dog'", "logit fox − dog")
@@ -200,3 +201,42 @@ def test_from_the_command_line(tmp_path: Path, capsys, monkeypatch):
     assert "trained for another model" in capsys.readouterr().err
     assert cli.main(["look", "lens", "the old man", "--model", "m", "--tune", "missing.txt"]) == 2
     assert "'missing.txt' cannot be read as text" in capsys.readouterr().err
+
+
+def test_wrong_kinds_say_so():
+    model, ids = zoo.model("gpt2"), zoo.ids()
+    for options, message in (
+        ({"words": None}, "words= is a token .its id or its text. or a list of tokens, but None was given"),
+        ({"words": 1.5}, "words= is a token"),
+        ({"tuned": "m"}, "tuned= is a TunedLens, but a text was given: load_tuned_lens"),
+        ({"top": True}, "top=True: at least 1 token"),
+        ({"positions": 1.5}, "A position is a whole number, a word of the text, or a list of numbers, but a number was given"),
+        ({"tokenizer": "m"}, "tokenizer= is a tokenizer of glassformer, but a text was given"),
+    ):
+        with pytest.raises(InputError, match=message):
+            logit_lens(model, ids, **options)
+    found = logit_lens(model, ids, positions=-1)
+    for place, message in (
+        ((9, 0), "This lens has 4 depths, counted from 0, but 9"),
+        ((0, 1), "This lens has 1 asked positions, counted from 0, but 1"),
+        ((True, 0), "but True was asked for"),
+    ):
+        with pytest.raises(InputError, match=message):
+            found.best(*place)
+    assert "no distribution" in logit_lens(model, ids, of="ffn", norm="final").grid().note and "no distribution" not in found.grid().note
+
+
+def test_the_best_are_in_order_where_probabilities_are_nought():
+    model = zoo.model("llama")
+    with torch.no_grad():
+        model.readout.matrix.mul_(1000)
+    found = logit_lens(model, zoo.ids(), top=zoo.V, keep_logits=True)
+    assert (found.p == 0).any() and torch.equal(found.ids[:, :, 0], found.logits.argmax(-1))
+    assert (found.scores.diff(dim=-1) <= 0).all()
+
+
+def test_a_word_is_asked_for_as_it_stands_in_the_text() -> None:
+    bpe = gf.text.train("bpe", texts=["the man and the man and the man"] * 4, vocab_size=270)
+    model = zoo.SPECS["llama"].replace(vocab_size=bpe.vocab_size).build(seed=0)
+    found = logit_lens(model, "the man", tokenizer=bpe, words=[" man"])
+    assert torch.equal(found.probability(" man"), found.probability("·man"))

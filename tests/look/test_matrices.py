@@ -134,6 +134,14 @@ def test_switching_and_indexing() -> None:
     assert "W_Q" in repr(w.W_Q)
     with pytest.raises(InputError, match=r"W_Q\[3\].*3 layers, 0 to 2"):
         _ = w.W_Q[3]
+    for wrong in ((0, 99), "a", 1.5):
+        with pytest.raises(InputError, match=r"W_Q\[.*\] does not fit: its axes are l h d k, of one layer \(4, 16, 4\)"):
+            _ = w.W_Q[wrong]
+    with pytest.raises(InputError, match="but None was given"):
+        weights(None)
+    with pytest.raises(InputError, match="meta device"):
+        weights(zoo.SPECS["gpt2"].build(device="meta"))
+    assert weights(zoo.model("gpt2").double()).b_U.dtype == torch.float64
     with pytest.raises(InputError, match="no switch 'fold'"):
         w.view(fold=True)
     with pytest.raises(SiteError, match="Layer 7"):

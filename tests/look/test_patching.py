@@ -280,7 +280,7 @@ def test_tracing_says_what_is_missing() -> None:
     model = zoo.model("gpt2")
     with pytest.raises(InputError, match="The subject is missing"):
         causal_trace(model, zoo.ids(6), None)
-    with pytest.raises(InputError, match="at least one sample"):
+    with pytest.raises(InputError, match="samples=0: a whole number of at least 1"):
         causal_trace(model, zoo.ids(6), 1, samples=0)
     with pytest.raises(InputError, match="'mlp' is no kind of state"):
         causal_trace(model, zoo.ids(6), 1, kinds=["mlp"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from glassformer.core.errors import SiteError
+from glassformer.core.errors import InputError, SiteError
 from glassformer.core.tap import Edit, Record, Tap
 from glassformer.look import paths
 from glassformer.look.paths import all_nodes, edge_attribution, path_patch
@@ -158,3 +158,17 @@ def test_wrong_ends_are_named(senders: Any, receivers: Any, says: str) -> None:
     model, given = pair("gpt2")
     with pytest.raises(SiteError, match=says.replace(".", r"\.").replace("(", r"\(")):
         path_patch(model, **given, senders=senders, receivers=receivers)
+
+
+def test_where_nothing_arrives_the_number_is_exactly_zero() -> None:
+    model, given = pair("llama")
+    given["clean"] = [*given["corrupted"][:3], given["clean"][3], *given["corrupted"][4:]]  # the last token is the same in both
+    found = path_patch(model.float(), **given, senders=["embed", "0.1"], receivers=["logits"])
+    assert found.values[0] == 0, "the embedding of the last position is the same, so nothing goes straight to its logits"
+    assert found.values[1] != 0
+
+
+def test_a_path_goes_forward() -> None:
+    model, given = pair("llama")
+    with pytest.raises(InputError, match="There is no path from 2.0 to 0.1.q: a sender stands before what it writes to."):
+        path_patch(model, **given, senders=["2.0"], receivers=["0.1.q"])

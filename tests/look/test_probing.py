@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -160,7 +161,25 @@ def test_equal_texts_stay_together() -> None:
     assert found.texts == 5
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    labels = np.arange(24, dtype=np.float32) / 24
+    assert probe(flat(), TEXTS, labels, "embed", per="text", folds=2, control=False).measure == "R²"
+    assert probe(flat(), TEXTS, list(labels), "embed", per="text", folds=2, control=False).measure == "R²"
+
+
 # Probes without labels
+
+
+def test_equal_windows_are_one_group() -> None:
+    """Texts that stand there twice are not learnt on in one fold and asked about in another; the last, cut short, belongs to the one it begins."""
+    from glassformer.look.readable import _groups, _rows
+    from glassformer.look.windows import Reading
+
+    a, b, c = TEXTS[:3]
+    reading = Reading(flat(), [a, b, a, c, b[:9]])
+    got = _rows(reading, ["embed"], 2)
+    assert [int(got.group[got.window == w].unique()) for w in range(5)] == [0, 1, 0, 2, 1]
+    assert _groups([(1, 2), (1,), (3,)]).tolist() == [0, 1, 2]  # only the last is cut short
 
 
 def test_the_token_itself_is_read_and_the_one_before_is_not_from_the_embedding() -> None:
@@ -235,6 +254,16 @@ MISTAKES: list[tuple[Any, str]] = [
     (lambda m: probe(m, TEXTS, EVEN, per="line"), "'line' is no place of labels"),
     (lambda m: probe(m, TEXTS, EVEN, per="word"), "Text 0 is no text with a tokenizer"),
     (lambda m: probe(m, TEXTS, EVEN, "blocks.0.attn.pattern"), "'blocks.0.attn.pattern' has the axes 'b h t s'"),
+    (lambda m: probe(m, TEXTS, [[[0]] * 14] * 24), "A label is a text or a number, but [0] was given"),
+    (lambda m: probe(m, TEXTS, {0: 1}), "labels is a dict, but a list is read, with a list of labels for each text"),
+    (lambda m: probe(m, [Path("a.txt")] * 24, EVEN), "A file may hold many texts"),
+    (lambda m: probe(m, TEXTS, EVEN, 3), "site=3 names no site"),
+    (lambda m: probe(m, TEXTS, EVEN, []), "site=[] names no site"),
+    (lambda m: probe(m, TEXTS, EVEN, folds="5"), "folds='5': a probe is fitted on some texts"),
+    (lambda m: probe_position_back(m, TEXTS, 1.5), "back=1.5: places back are whole numbers"),
+    (lambda m: probe_position_back(m, TEXTS, context="9"), "context='9': a whole number of at least 1 is needed"),
+    (lambda m: probe_norm(m, TEXTS, skip=-1), "skip=-1: a whole number of at least 0 is needed"),
+    (lambda m: probe_order(m, [TEXTS[0]] * 9), "5 folds need at least 5 different windows, but the texts make 1 of 64 tokens"),
     (lambda m: probe(m, TEXTS, EVEN, "blocks.7.resid_post"), "meets no site of this model"),
     (lambda m: probe(m, TEXTS, EVEN, "blocks.0.attn.z[1]"), "picks heads, but whole vectors are read here"),
     (lambda m: probe(m, TEXTS[0], EVEN), "give a list of texts, with labels for each"),
@@ -242,7 +271,7 @@ MISTAKES: list[tuple[Any, str]] = [
     (lambda m: probe_position_back(m, TEXTS, (-1,)), "back=(-1,): places back are whole numbers from 0"),
     (lambda m: probe_position_back(m, TEXTS, 20, context=16), "windows have 16 tokens: give a larger context"),
     (lambda m: probe_position_back(m, TEXTS, 15, context=16), "No window has 15 tokens before another"),
-    (lambda m: probe_order(m, TEXTS[:2]), "5 folds need at least 5 windows, but the texts make 2"),
+    (lambda m: probe_order(m, TEXTS[:2]), "5 folds need at least 5 different windows, but the texts make 2"),
     (lambda m: probe_order(m, TEXTS, within=0), "within=0: two tokens of a pair are at least 1 apart"),
     (lambda m: probe_norm(m, TEXTS, target="length"), "'length' is no number of a vector"),
     (lambda m: probe_norm(m, TEXTS, skip=50), "skip=50 leaves no token"),

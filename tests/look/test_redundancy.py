@@ -71,6 +71,18 @@ def test_curves_are_those_of_a_loop() -> None:
     assert torch.allclose(found.curves[:, -1], found.curves[0, -1].expand(3)) and torch.allclose(found.curves[:, 0], found.curves[0, 0].expand(3))
 
 
+def test_small_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held at once is bounded by numbers, not by rows: one window and one ablation at a time give the same."""
+    from glassformer.look import redundancy
+
+    model, texts = zoo.model("gpt2"), [zoo.ids(12, 1), zoo.ids(10, 2), zoo.ids(7, 3)]
+    whole = head_redundancy(model, texts, points=3)
+    monkeypatch.setattr(redundancy, "NUMBERS", 1)
+    parts = head_redundancy(model, texts, points=3)
+    for name in ("pattern_distance", "output_correlation", "exact", "curves"):
+        assert torch.allclose(getattr(whole, name), getattr(parts, name), atol=1e-5, equal_nan=True), name
+
+
 def test_jensen_shannon() -> None:
     share = torch.tensor([[[1.0, 0, 0, 0]], [[0, 1.0, 0, 0]], [[0.5, 0.5, 0, 0]], [[1.0, 0, 0, 0]]], dtype=torch.float64)
     d = _js(share)
@@ -169,6 +181,8 @@ def test_shows_itself_and_names_mistakes(tmp_path: Path) -> None:
     assert found.save(tmp_path / "a.png").stat().st_size > 1000 and -1 <= found.agreement <= 1
     with pytest.raises(InputError, match="at least 2 tokens"):
         head_redundancy(model, [3])
+    with pytest.raises(InputError, match=r"points='9': a whole number of at least 0 is needed"):
+        head_redundancy(model, zoo.ids(9), points="9")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"points=1 and random_orders=3: a curve has at least 2 points"):
         head_redundancy(model, zoo.ids(9), points=1)
 

@@ -81,6 +81,8 @@ def test_files(suffix: str, tmp_path: Path) -> None:
 
 
 def test_errors(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"An answer is written to a file, but None was given: name one, such as 'answer.html'"):
+        answer().save(None)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"'a.bmp' ends in '.bmp', but the ending says how an answer is written: one of .png, .svg"):
         answer().save(tmp_path / "a.bmp")
     with pytest.raises(InputError, match="the folder .* does not exist; create it or choose another"):
@@ -95,6 +97,18 @@ def test_figures_are_dark_or_light(dark: bool) -> None:
     figure = answer().plot(dark)
     theme = DARK if dark else LIGHT
     assert figure.get_facecolor() == pytest.approx((*tuple(int(theme.paper[i : i + 2], 16) / 255 for i in (1, 3, 5)), 1.0))
+
+
+def test_pictures_may_be_dark_and_colours_mean_the_same(tmp_path: Path) -> None:
+    light, dark = (answer().save(tmp_path / f"{d}.png", dark=d).read_bytes() for d in (False, True))
+    assert light != dark
+    figure, theme = new_figure((4, 3))
+    one, two = figure.subplots(1, 2)
+    bars(one, theme, ["a", "b"], [2.0, -1.0])
+    bars(two, theme, ["a", "b"], [2.0, 1.0])
+    colour = lambda axes, i: tuple(round(255 * c) for c in axes.patches[i].get_facecolor()[:3])
+    red, blue = ((0xC2, 0x41, 0x0C), (0x1F, 0x5A, 0x94))
+    assert [colour(one, 0), colour(one, 1), colour(two, 0)] == [red, blue, blue], "above zero is red, as in a signed heat map"
 
 
 def test_the_three_forms() -> None:

@@ -204,6 +204,10 @@ def test_mistakes_are_named() -> None:
     model = planted.planted([["even"]])
     with pytest.raises(InputError, match=r"threshold=0: it is a share of the way from an even head"):
         head_roles(model).roles(0)
+    with pytest.raises(InputError, match=r"threshold='half': it is a share"):
+        head_roles(model).roles("half")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"repeats='8': a whole number of at least 0 is needed"):
+        head_roles(model, repeats="8")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"repeats=0 and length=48: at least one row of 4"):
         head_roles(model, repeats=0)
     with pytest.raises(InputError, match=r"'inducton' is no role.*induction"):
@@ -232,5 +236,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "Roles of 12 heads on 16 tokens of text" in out and re.search(r"previous, at 0\.3 or more: ", out) and (tmp_path / "a.svg").is_file()
     assert main(["look", "heads", "-m", str(folder)]) == 0
     assert "All measured on repeated random tokens" in " ".join(capsys.readouterr().out.split())
+    assert main(["look", "heads", "-m", str(folder), "novle.txt"]) == 2
+    assert "There is no file 'novle.txt'" in " ".join(capsys.readouterr().err.split())
     assert main(["look", "heads", "-m", str(folder), "--role", "sink"]) == 2
     assert "'sink' is no role" in capsys.readouterr().err

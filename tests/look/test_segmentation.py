@@ -120,3 +120,27 @@ def test_command_line(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "wrote" in out
     assert cli.main(["look", "tokens", "", "--model", str(path)]) == 2
     assert "The text is empty" in capsys.readouterr().err
+
+
+def test_what_is_too_long_or_nothing_says_so():
+    made = texts.train("bpe", texts=["the old man and the sea"] * 3, vocab_size=270)
+    assert len(segment(made, "a" * 2000).words[0].ids) > 1
+    with pytest.raises(InputError, match="A word of 2,001 letters stands in this text as the tokenizer cuts it, but at most 2,000 are followed"):
+        segment(made, "a" * 2001)
+    pieces = texts.train("wordpiece", texts=["the old man and the sea"] * 3, vocab_size=60)
+    nothing = segment(pieces, " ")  # its normaliser leaves none of it
+    assert nothing.words == () and nothing.plot().axes and nothing.title == "0 tokens of ' ', by wordpiece"
+    assert segment(made, "the").title == "1 token of 'the', by bpe" and len(segment(made, "the sea " * 50).title) < 100
+
+
+def test_the_tokenizer_of_a_model_or_of_an_unfinished_run(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = gf.save(gf.preset("tiny", vocab_size=300).build(seed=0), tmp_path / "model", tokenizer("bpe"))
+    unfinished = tmp_path / "run" / "checkpoints" / "step-00000002"
+    unfinished.parent.mkdir(parents=True)
+    model.rename(unfinished)
+    assert cli.main(["look", "tokens", "the", "--model", str(unfinished)]) == 0
+    assert cli.main(["look", "tokens", "the", "--model", str(tmp_path / "run")]) == 0
+    assert "rank" in capsys.readouterr().out
+    gf.save(gf.preset("tiny", vocab_size=300).build(seed=0), tmp_path / "bare")
+    assert cli.main(["look", "tokens", "the", "--model", str(tmp_path / "bare")]) == 2
+    assert "has no tokenizer: put the tokenizer.json that it was trained with into that folder" in capsys.readouterr().err

@@ -164,3 +164,20 @@ def test_a_spaced_word_is_suggested() -> None:
     assert len(bpe.encode("wanderer")) > 1
     with pytest.raises(InputError, match=r"but a target is one: ' wanderer' \(with its space\) is one\."):
         read(model, "the", bpe).token("wanderer")
+
+
+def test_a_pass_goes_on_only_from_a_stream():
+    model = zoo.model("gpt2")
+    x = torch.zeros(1, 3, zoo.D)
+    for args, options, message in (
+        ((x, True), {}, "a pass goes on at block 0 to 3; True was given"),
+        ((x.long(), 0), {}, "The stream is torch.int64, but a stream holds vectors"),
+        ((x, 0), {"mask": "causal"}, "mask is a text, but"),
+        ((x, 0), {"lengths": 3}, "lengths is a whole number, but a list is needed"),
+        ((x, 0), {"tap": "logits"}, "tap is a text, but"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model.resume(*args, **options)
+    pooled = zoo.SPECS["bert"].replace(readout=gf.Classifier(3)).build(seed=0)
+    with pytest.raises(InputError, match="keep chooses positions to read out, but Classifier makes one vector"):
+        pooled.resume(x, 3, keep=1)

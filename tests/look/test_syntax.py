@@ -43,6 +43,15 @@ def test_the_reader(tmp_path: Path) -> None:
     assert first.words[5:7] == ("de", "le") and first.governors == (3, 3, 3, -1, 3, 6, 3, 3)
     assert first.relations == ("nsubj", "aux", "advmod", "root", "punct", "case", "obl", "punct")
     assert second == Sentence("Go", ("Go",), ((0, 2),), (-1,), ("root",))
+    assert first.upos == ("PRON", "AUX", "PART", "VERB", "PUNCT", "ADP", "DET", "PUNCT") and first.column("xpos") == (None,) * 8
+    with pytest.raises(InputError, match=r"'upso' is no column\. Did you mean 'upos'"):
+        first.column("upso")
+    with pytest.raises(InputError, match="The sentence 'a' comes from no file, so it has no column 'upos'"):
+        _ = Sentence("a", ("a",), ((0, 1),), (-1,), ("root",)).upos
+    # Characters that end a line for str.splitlines, but not in a file: in a comment, and in a word.
+    (tmp_path / "b.conllu").write_text("# text = a\u2028b\n1\ta\x85b\t_\tX\t_\t_\t0\troot\t_\t_\n\n1.1\tc\t_\tX\t_\t_\t_\t_\t_\t_\n\n")
+    (odd,) = read_conllu(tmp_path / "b.conllu")
+    assert odd.words == ("a\x85b",)
     for name, opener in (("a.gz", gzip.open), ("a.xz", lzma.open)):
         with opener(tmp_path / name, "wt") as f:
             f.write(TREES)
@@ -53,6 +62,9 @@ def test_what_is_no_conllu(tmp_path: Path) -> None:
     file = tmp_path / "a.conllu"
     file.write_text("1 The the\n")
     with pytest.raises(InputError, match=r"a\.conllu, line 1: a line of CoNLL-U has 10 fields between tabs, but this has 1: '1 The the'"):
+        list(read_conllu(file))
+    file.write_text("x-y\tThe\t_\t_\t_\t_\t0\troot\t_\t_\n")
+    with pytest.raises(InputError, match=r"line 1: a line of CoNLL-U begins with its word's number \(3, 3-4 or 3.1\), but this with 'x-y'"):
         list(read_conllu(file))
     file.write_text(TREES.replace("4\tnsubj", "9\tnsubj"))
     with pytest.raises(InputError, match="the sentence that ends at line 14: words are numbered from 1 and each names its head"):
@@ -196,6 +208,18 @@ def test_mistakes_are_named() -> None:
         syntactic_heads(zoo.model("bert"), grammar(4))
     with pytest.raises(InputError, match=r"1 sentences can be read, but one half chooses and the other reports"):
         syntactic_heads(zoo.model("bert"), grammar(4), tokenizer=tokenizer(), max_sentences=1)
+    bad: list[tuple[Any, str]] = [
+        (5, "sentences is a whole number, but a CoNLL-U file or a list of Sentence is read"),
+        (["the old dog"], "Sentence 0 is a text, but a Sentence with its tree is needed"),
+        ([Sentence("a b", ("a", "b"), ((0, 1),), (-1, 0), ("root", "x"))], "Sentence 0 has 2 words, 1 spans, 2 governors and 2 relations"),
+        ([Sentence("a", ("a",), ((0, 1),), (7,), ("root",))], r"Sentence 0 has 1 words, 0 to 0, but a word hangs on 7"),
+    ]
+    for sentences, said in bad:
+        with pytest.raises(InputError, match=said):
+            syntactic_heads(zoo.model("bert"), sentences, tokenizer=tokenizer())
+    for options, said in (({"least": 0}, "least=0: a whole number of at least 1"), ({"max_sentences": "all"}, "max_sentences='all': a whole number")):
+        with pytest.raises(InputError, match=said):
+            syntactic_heads(zoo.model("bert"), grammar(4), tokenizer=tokenizer(), **options)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"No relation has 50 questions in both halves of 4 sentences"):
         syntactic_heads(zoo.model("bert"), grammar(4), tokenizer=tokenizer(), least=50)
 

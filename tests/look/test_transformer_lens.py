@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import glassformer as gf
-from glassformer.core.errors import InputError, SiteError
+from glassformer.core.errors import GlassformerError, InputError, SiteError
 from glassformer.look.transformer_lens import ActivationCache, FactoredMatrix, HookedTransformer, HookPoint, patching, utils
 from look import zoo
 
@@ -387,6 +387,33 @@ def test_what_is_refused() -> None:
         HookedTransformer(zoo.model("t5"))
     with pytest.raises(InputError, match="stream is no sum"):
         HookedTransformer(zoo.model("bert")).run_with_cache(x)[1].decompose_resid()
+    _, cache = model.run_with_cache(x)
+    for call, said in (
+        (lambda: model({"a": 1}), "but a dict was given"),
+        (lambda: model(x, stop_at_layer=1.5), "stop_at_layer=1.5: a layer is a whole number"),
+        (lambda: model([1], start_at_layer=1), "the input is the stream"),
+        (lambda: model.to_str_tokens({"a": 1}), "Token ids are a tensor"),
+        (lambda: cache[5], r"such as \('pattern', 5\), but 5 was given"),
+        (lambda: cache[3, "pattern"], "An activation is named by a text"),
+        (lambda: cache.decompose_resid(mode="x"), "'x' is no mode of decompose_resid"),
+        (lambda: cache.accumulated_resid("x"), "Layer 'x' was asked for"),
+        (lambda: cache.decompose_resid(pos_slice=99), "99 was asked for of an axis of size 9"),
+        (lambda: cache.logit_attrs(cache.decompose_resid(), 9999), r"from 0 to 30, but \[9999\]"),
+        (lambda: model.run_with_cache(x, names_filter=3), "Hooks are chosen by a name"),
+        (lambda: model.run_with_hooks(x, fwd_hooks=["hook_embed"]), "Hooks are pairs"),
+        (lambda: model.run_with_hooks(x, fwd_hooks=[("hook_embed", None)]), "A hook is a function"),
+        (lambda: model.run_with_hooks(x, fwd_hooks=[("hook_embed", lambda v, hook: v.double())]), "returned torch.float64"),
+        (lambda: model.all_composition_scores(None), "mode=None is none of"),
+        (lambda: model.to("zz"), "no device 'zz'"),
+        (lambda: patching.get_act_patch_resid_pre(model, x, {}, lambda logits: 0.0), "clean cache holds no 'blocks.0.hook_resid_pre'"),
+        (lambda: patching.get_act_patch_resid_pre(model, x[:, :3], cache, lambda logits: 0.0), "use texts of equal length"),
+        (lambda: patching.get_act_patch_resid_pre(model, x, cache, lambda logits: logits), "one number for each run"),
+    ):
+        with pytest.raises(GlassformerError, match=said):
+            call()
+    tokenized = HookedTransformer(zoo.model("gpt2"), zoo.words())
+    with pytest.raises(InputError, match="to_tokens reads a text or a list of texts, but a whole number was given"):
+        tokenized.to_tokens(3)  # type: ignore[arg-type]
     with pytest.raises(SiteError, match="no layer"):
         model.hook_dict["hook_embed"].layer()
     with pytest.raises(AttributeError, match="W_X"):

@@ -113,7 +113,7 @@ def test_damaged_and_missing_files_say_so(tmp_path: Path):
         (zoo.ids(20), {}, "The text has 20 tokens in 10 rows, but a lens is trained on at least 64"),
         ("some text", {}, "there is no tokenizer to read them"),
         (zoo.ids(300), {"steps": -1}, "steps=-1"),
-        (zoo.ids(300), {"batch": 0}, "batch=0.: it is at least 1"),
+        (zoo.ids(300), {"batch": 0}, "batch=0.: it is a whole number, at least 1"),
     ],
 )
 def test_what_cannot_be_trained_says_so(given, options, message):
@@ -131,3 +131,21 @@ def test_texts_are_read_by_the_tokenizer_and_the_report_shows_itself(tmp_path: P
     assert torch.equal(one.weight, two.weight)
     assert "KL before" in str(one) and "weight" not in one.to_dict() and len(one.plot(dark=True).axes) == 1
     assert one.save(tmp_path / "report.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 1.5}, r"tuned_lens\(steps=1.5\): it is a whole number, at least 0 .0: least squares only."),
+        ({"context": None}, r"tuned_lens\(context=None\): it is a whole number, at least 1"),
+        ({"max_tokens": "x"}, "max_tokens='x'"),
+        ({"batch": True}, "batch=True"),
+        ({"seed": None}, "seed=None"),
+        ({"texts": None}, "texts is a text, token ids, or a list of either, but None was given"),
+    ],
+)
+def test_wrong_kinds_say_so(options, message):
+    with pytest.raises(InputError, match=message):
+        tuned_lens(zoo.model("gpt2"), **({"texts": zoo.ids(200)} | options))
+    with pytest.raises(WeightsError, match="A tuned lens is opened by the folder that it was saved in, but None was given"):
+        load_tuned_lens(None)

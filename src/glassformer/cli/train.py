@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .look.common import Edits, edits_of
+from .look.common import Edits
 
 if TYPE_CHECKING:
     from ..train import Trainer
@@ -33,6 +33,7 @@ def train(
 ) -> None:
     """Train a model by a recipe and keep the run in a folder."""
     from ..core.errors import CheckpointError, RecipeError, TrainingError
+    from ..look.edits import load_edits
     from .models import pick_device
     from .recipe import PYTHON, built_in, read_recipe, read_run
 
@@ -42,14 +43,13 @@ def train(
         out, found = out or Path(recipe), read_run(Path(recipe), sets or ())
     else:
         found = read_recipe(recipe, sets or ())
+    made = None if edits is None else load_edits(edits)  # before anything is written
     chosen = _with_options(found, steps, seconds, data)
     usual = Path("runs") / Path(recipe).stem
     folder = out or (usual if resume else _free_folder(usual))
     print(f"{Path(recipe).stem}: {', '.join(chosen.texts)} -> {folder}", file=sys.stderr)
     try:
-        trainer = chosen.trainer(
-            folder, device=pick_device(device), resume=resume, progress=True, tap=None if edits is None else lambda model: edits_of(edits, model)
-        )
+        trainer = chosen.trainer(folder, device=pick_device(device), resume=resume, progress=True, tap=None if made is None else made.tap)
     except (TrainingError, CheckpointError) as error:
         if isinstance(error.__cause__, OSError):
             raise

@@ -306,6 +306,9 @@ def check_heads(heads: tuple[int, ...] | None, n: int, where: str) -> None:
 
 # Patterns
 
+LONGEST = 12  # segments of a pattern
+MOST = 100_000  # a number in one
+
 
 class Pattern:
     """A path pattern (see the head of this file): ``text``, its ``segments`` and the ``heads`` it picks."""
@@ -325,6 +328,8 @@ class Pattern:
             if body.rsplit(".", 1)[-1] not in HEAD_AXIS:
                 raise SiteError(f"{text!r} picks heads, but {body.rsplit('.', 1)[-1]!r} has no head axis. These have one: {', '.join(HEAD_AXIS)}.")
         segments = tuple(body.split("."))
+        if len(segments) > LONGEST:
+            raise SiteError(f"{text[:60]!r}... has {len(segments)} segments, but no site's path has more than {LONGEST}.")
         if not all(segments):
             raise SiteError(f"{text!r} has an empty segment: write names joined by single dots.")
         for s in segments:
@@ -372,8 +377,10 @@ def _numbers(text: str, where: str) -> list[int]:
     numbers: list[int] = []
     for piece in text.split(","):
         ends = piece.strip().split("-")
-        if not all(e.isdigit() for e in ends) or len(ends) > 2:
+        if not all(e.isascii() and e.isdigit() for e in ends) or len(ends) > 2:
             raise SiteError(f"{where!r}: {piece!r} is neither a number nor a range such as 3-5.")
+        if len(ends[-1]) > 6 or int(ends[-1]) > MOST or len(ends[0]) > 6 or int(ends[0]) > int(ends[-1]):
+            raise SiteError(f"{where!r}: {piece!r} is no number up to {MOST:,}, nor a range from a smaller to a larger one.")
         numbers += range(int(ends[0]), int(ends[-1]) + 1)
     return numbers
 

@@ -9,9 +9,9 @@ Every function takes a model (or what ``gf.load`` gives) and a text or token ids
 from __future__ import annotations
 
 from .ablation import Ablated, HeadAblation, ablate, ablate_heads
+from .activity import Sparsity, sparsity
 from .alignment import Alignment, align, align_vectors
 from .attribution import Attribution, BySource, Decomposition, decompose, direct_logit_attribution
-from .candidates import Candidates, candidates
 from .capturing import Captured, capture
 from .changes import Add, Change, Remove, Scale, Set, Zero
 from .circuits import Circuit, Composition, Direction, composition_scores, ov_circuit, qk_circuit
@@ -27,6 +27,7 @@ from .journey_steps import JourneyStep
 from .journeys import Journey, journey
 from .lenses import LogitLens, logit_lens
 from .matrices import PerLayer, Weights, exact_folds, weights
+from .next_tokens import Candidates, candidates
 from .page import page, render, write_page
 from .patching import Patched, activation_patch, attribution_patch
 from .paths import EdgeAttribution, PathPatched, edge_attribution, path_patch
@@ -45,7 +46,7 @@ from .sweep import Patch, Sweep
 from .syntax import Sentence, SyntacticHeads, read_conllu, syntactic_heads
 from .tracing import Traced, causal_trace
 from .tuned import TunedLens, load_tuned_lens, tuned_lens
-from .units import Neuron, Neurons, Sparsity, neurons, sparsity
+from .units import Neuron, Neurons, neurons
 from .vectors import Neighbours, NeighboursInContext, nearest, nearest_in_context
 from .windows import Context
 

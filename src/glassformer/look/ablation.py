@@ -23,18 +23,19 @@ import torch
 from torch import Tensor
 
 from glassformer.core.errors import InputError, SiteError
+from glassformer.core.fields import described
 
 from .figure import Theme, bars, heatmap
 from .result import Grid, Result
-from .subject import Positions, Subject, Text, check_layer, check_reads_tokens, choose, feedforward_of, n_heads, read
+from .subject import Positions, Subject, Text, check_layer, check_reads_tokens, check_whole, choose, feedforward_of, n_heads, read, shorten
 from .sweep import Patch, Sweep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HOW = ("zero", "mean", "resample")
-_WORDS = re.compile(r"(attn|cross|ffn|mlp|experts|block|layer|position|pos)\s*(-?\d+)(?:\s*[.,]\s*(\d+))?", re.IGNORECASE)
-_HEAD = re.compile(r"L?\s*(\d+)\s*(?:[.,]|H)\s*(\d+)", re.IGNORECASE)
+_WORDS = re.compile(r"(attn|cross|ffn|mlp|experts|block|layer|position|pos)\s*(-?[0-9]{1,9})(?:\s*[.,]\s*([0-9]{1,9}))?", re.IGNORECASE)
+_HEAD = re.compile(r"L?\s*([0-9]{1,9})\s*(?:[.,]|H)\s*([0-9]{1,9})", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ def part_of(s: Subject, given: Any) -> Part:
     """The part that a text or tuple names (see the head of this file). Raises :class:`SiteError` for one that the model has not."""
     kind, layer, inner = _read(given)
     if kind == "position":
+        if inner is not None:
+            raise SiteError(f"{given!r}: a position has no parts by number; write 'position {layer}'.")
         (at,) = s.positions(layer)
         return Part(f"position {at}", "blocks.0.resid_pre", position=at)
     check_layer(s.stack, layer)
@@ -97,7 +100,7 @@ def _read(given: Any) -> tuple[str, int, int | None]:
         if found := _WORDS.fullmatch(given.strip()):
             word = {"mlp": "ffn", "experts": "ffn", "layer": "block", "pos": "position"}.get(found[1].lower(), found[1].lower())
             return word, int(found[2]), None if found[3] is None else int(found[3])
-    raise SiteError(f"{given!r} names no part: write '5.1' (a head), 'ffn 3.412' (a unit), 'attn 3', 'ffn 3', 'block 3', or 'position 4'.")
+    raise SiteError(f"{shorten(repr(given))} names no part: write '5.1' (a head), 'ffn 3.412' (a unit), 'attn 3', 'ffn 3', 'block 3', or 'position 4'.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,8 +156,11 @@ class HeadAblation(Result):
         return f"ablation ({self.how}) of each head: change of logit {self.target} (before {self.before:.4g})"
 
     def __getitem__(self, head: str | tuple[int, int]) -> float:
-        _, layer, inner = _read(head)
-        return float(self.change[layer, inner or 0])
+        kind, layer, inner = _read(head)
+        layers, heads = self.change.shape
+        if kind not in ("attn", "cross") or inner is None or not 0 <= layer < layers or inner >= heads:
+            raise SiteError(f"{head!r} is no head here: layers are 0 to {layers - 1}, heads 0 to {heads - 1}, written as '1.0'.")
+        return float(self.change[layer, inner])
 
     def best(self, n: int = 5) -> list[tuple[str, float]]:
         """The heads without which the logit changes most."""
@@ -270,10 +276,12 @@ def _prepare(
     """The sweep, and for every part what stands in its place: one patch, or one per draw."""
     choose(how, HOW, "way to ablate")
     check_reads_tokens(s.stack, "Ablation")
-    if draws < 1:
-        raise InputError(f"draws={draws}: resampling takes at least one draw.")
+    check_whole(1, draws=draws)
+    check_whole(0, seed=seed)
     if isinstance(reference, str):
         raise InputError("reference is one text, but several are meant: give a list of texts.")
+    if reference is not None and not isinstance(reference, list | tuple):
+        raise InputError(f"reference is a list of texts, but {described(type(reference))} was given.")
     sites = sorted({x for p in parts for x in (p.site, p.base) if x})
     sweep = Sweep(s, sites if how != "zero" else (), memory=memory, progress=progress)
     where = None if positions is None else tuple(s.positions(positions))

@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from glassformer.core.errors import InputError
+from glassformer.core.fields import described
 from glassformer.text import Tokenizer
 
 from .figure import Theme, bars
 from .result import Grid, Result
+from .subject import check_whole
 from .vectors import Table, table_of
 
 if TYPE_CHECKING:
@@ -81,9 +83,16 @@ def align(
     ``a``, ``b``: what ``gf.load`` gives, or models with ``tokenizers``. Without ``words``, tokens of the same spelling are taken, special ones left out, at
     most ``most``. Further options and what is measured as in :func:`align_vectors`. Raises :class:`InputError` if fewer than 20 words are common.
     """
+    if tokenizers is not None and not (isinstance(tokenizers, tuple | list) and len(tokenizers) == 2):
+        raise InputError(f"tokenizers={tokenizers!r}: there are two, one for each model, or None for those that the models were saved with.")
     first, second = tokenizers or (None, None)
     ta, tb = table_of(a, table, first), table_of(b, table, second)
-    pairs = _common(ta, tb) if words is None else [(ta.id(w), tb.id(w)) for w in dict.fromkeys(words)]
+    if words is not None and (isinstance(words, str) or not isinstance(words, Sequence)):
+        raise InputError(f"words is {described(type(words))}, but a list of words is read; without it, tokens of the same spelling are taken.")
+    check_whole(1, most=most)
+    check_whole(0, seed=seed)
+    # Two spellings of one token ("king", " king") are one word: it would stand on both sides of what is learnt and what is held out.
+    pairs = _common(ta, tb) if words is None else list(dict.fromkeys((ta.id(w), tb.id(w)) for w in words))
     if len(pairs) < 20:
         raise InputError(
             f"The two models have {len(pairs)} words in common, but at least 20 are needed, better thousands: give words that both have as one token."
@@ -103,19 +112,26 @@ def align_vectors(x: Tensor, y: Tensor, *, train: float = 0.8, anchors: int | No
     at most 512), and by those with wrongly paired anchors. ``centre`` subtracts the mean of the rows that are learnt on.
     Raises :class:`InputError` for sets of other sizes.
     """
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+        raise InputError(f"Two tensors of vectors are compared, but {described(type(x))} and {described(type(y))} were given: [n d] and [n e].")
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
         raise InputError(f"The vectors have shapes {tuple(x.shape)} and {tuple(y.shape)}, but row i of both belongs to the same thing: [n d] and [n e].")
+    if not isinstance(train, int | float) or not 0 < train < 1:
+        raise InputError(f"train={train!r}: it is the share of the rows that is learnt on, between 0 and 1.")
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise InputError("The vectors hold numbers that are not finite, so there is no rotation between them: leave those rows out.")
     n_train = round(train * len(x))
-    if not 0 < train < 1 or n_train < 2 or len(x) - n_train < 2:
+    if n_train < 2 or len(x) - n_train < 2:
         raise InputError(f"train={train} of {len(x)} rows leaves {n_train} to learn on and {len(x) - n_train} to measure on: at least 2 of each are needed.")
+    check_whole(0, seed=seed)
+    if anchors is not None:
+        check_whole(1, anchors=anchors)
     n_anchors = min(n_train, min(x.shape[1], y.shape[1], 512) if anchors is None else anchors)
-    if n_anchors < 1:
-        raise InputError(f"anchors={anchors}: at least 1 word is an anchor.")
     draw = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x), generator=draw)
     learn, held = order[:n_train], order[n_train:]
     wrong, wrong_anchors = torch.randperm(n_train, generator=draw), torch.randperm(n_anchors, generator=draw)
-    x, y = x.double(), y.double()
+    x, y = x.detach().cpu().double(), y.detach().cpu().double()
     if centre:
         x, y = x - x[learn].mean(0), y - y[learn].mean(0)
     rotation, false = procrustes(x[learn], y[learn]), procrustes(x[learn], y[learn][wrong])

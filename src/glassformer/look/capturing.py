@@ -9,7 +9,6 @@ On disk each value is written as it is computed, patterns head by head, and forg
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,30 +19,41 @@ import torch
 from torch import Tensor
 
 from glassformer.core.errors import InputError, SiteError, did_you_mean
-from glassformer.core.files import flush, trouble
+from glassformer.core.files import trouble
 from glassformer.core.modes import evaluating
 from glassformer.core.tap import Record
 from glassformer.models.encoder_decoder import EncoderDecoderModel
 from glassformer.text import Tokenizer
 from glassformer.weights.safetensors_file import header
-from glassformer.weights.stored import TYPES, Stored
+from glassformer.weights.stored import Stored
 
-from .forecasting import available, check_budget, dry_run, model_of, said
-from .subject import Text, check_layer, n_heads, read
+from .forecasting import available, check_budget, dry_run, model_of, patterns_of, rows_within, said
+from .storing import Draft
+from .subject import Text, check_layer, choose, n_heads, read
 
 FILE = "captured.safetensors"
-NAMES = {dtype: name for name, dtype in TYPES.items()}
 SQUARE = ("scores", "pattern")
 
 
 class Captured:
-    """Values by path. ``place``: ``"memory"`` or ``"disk"``; ``lengths``: real tokens per row (what lies beyond them means nothing)."""
+    """Values by path. ``place``: ``"memory"`` or ``"disk"``; ``lengths``: real tokens per row.
+
+    ``held[path]`` is the value of the whole batch; what stands in it beyond a row's own length was computed from padding and means nothing.
+    :meth:`row` gives one row without that.
+    """
 
     def __init__(
-        self, model: Any, tokens: Tensor, source: Tensor | None, lengths: Sequence[int], values: dict[str, Tensor] | dict[str, Stored], keep: Any = None
+        self,
+        model: Any,
+        tokens: Tensor,
+        source: Tensor | None,
+        lengths: Sequence[int],
+        values: dict[str, Tensor] | dict[str, Stored],
+        axes: dict[str, list[str]],
+        keep: Any = None,
     ):
         self.model, self.tokens, self.source, self.lengths = model, tokens, source, list(lengths)
-        self._values, self._keep = values, keep  # a temporary folder lives as long as this object
+        self._values, self._axes, self._keep = values, axes, keep  # a temporary folder lives as long as this object
 
     @property
     def place(self) -> str:
@@ -79,12 +89,28 @@ class Captured:
         return len(self._values)
 
     def row(self, path: str, row: int, head: int | None = None) -> Tensor:
-        """One row of a value, without its batch axis; of scores and patterns one head, if given. Nothing else is read."""
-        found = self._find(path)
-        if isinstance(found, Tensor):
-            return found[row] if head is None else found[row, head]
-        one = found.item(row)
-        return (one if head is None else one.item(head)).read()
+        """One row of a value, without its batch axis and without padding; of scores and patterns one head, if given. Nothing else is read."""
+        found, axes = self._find(path), self._axes[path]
+        if axes[:1] != ["b"]:
+            raise SiteError(f"{path!r} has the axes {' '.join(axes)}, which all rows share: read it with held[path].")
+        self._check_row(row)
+        one = found[row] if isinstance(found, Tensor) else found.item(row)
+        axes = axes[1:]
+        if head is not None:
+            if axes[:1] != ["h"]:
+                raise SiteError(f"{path!r} has the axes b {' '.join(axes)}, where a head is no part of its own: leave head out.")
+            if isinstance(head, bool) or not isinstance(head, int) or not 0 <= head < one.shape[0]:
+                raise SiteError(f"Head {head!r} was asked for, but {one.shape[0]} were captured at {path!r}, counted from 0.")
+            one, axes = one[head] if isinstance(one, Tensor) else one.item(head), axes[1:]
+        x = one if isinstance(one, Tensor) else one.read()
+        if path.startswith("encoder.") or self.lengths[row] == self.tokens.shape[1]:  # of the source, which is not padded
+            return x
+        own = [i for i, a in enumerate(axes) if a == "t" or (a == "s" and ".cross." not in path)]
+        return x[tuple(slice(self.lengths[row]) if i in own else slice(None) for i in range(x.ndim))]
+
+    def _check_row(self, row: int) -> None:
+        if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < len(self.lengths):
+            raise InputError(f"Row {row!r} was asked for, but there are {len(self.lengths)}, counted from 0.")
 
     def pattern(self, layer: int, head: int, row: int = 0, kind: str = "attn") -> Tensor:
         """What head ``head`` of a layer pays attention to, [t s]: read if it was captured, else made now, from the stream that enters the layer if
@@ -92,20 +118,21 @@ class Captured:
         """
         halves = isinstance(self.model, EncoderDecoderModel)
         stack, prefix = (self.model.decoder, "decoder.") if halves else (self.model, "")
+        choose(kind, ("attn", "cross") if halves else ("attn",), "kind of attention of this model")
         check_layer(stack, layer)
-        if not 0 <= head < (n := n_heads(stack, layer, kind)):
+        if isinstance(head, bool) or not isinstance(head, int) or not 0 <= head < (n := n_heads(stack, layer, kind)):
+            n = n_heads(stack, layer, kind)
             raise SiteError(f"Head {layer}.{head} was asked for, but layer {layer} has {n} heads, 0 to {n - 1}.")
-        if not 0 <= row < len(self.lengths):
-            raise InputError(f"Row {row} was asked for, but there are {len(self.lengths)}.")
+        self._check_row(row)
         path, length = f"blocks.{layer}.{kind}.pattern", self.lengths[row]
         if prefix + path in self._values and self._find(prefix + path).shape[1] == n:
-            return self.row(prefix + path, row, head)[:length]
+            return self.row(prefix + path, row, head)
         tap, stream = _Until(f"{path}[{head}]"), f"{prefix}blocks.{layer}.resid_pre"
         with torch.no_grad(), evaluating(self.model):
             memory = None if self.source is None or kind == "attn" else self.model.encode(self.source[row : row + 1])
             try:
                 if stream in self._values:
-                    stack.resume(self.row(stream, row)[None, :length], layer, memory=memory, tap=tap)
+                    stack.resume(self.row(stream, row).to(self.tokens.device)[None], layer, memory=memory, tap=tap)
                 else:
                     stack.states(self.tokens[row : row + 1, :length], memory=memory if memory is not None else self._memory(row), tap=tap)
             except _Enough:
@@ -133,8 +160,8 @@ def capture(
     temporary one, removed with the answer), in as few rows at a time as the budget asks for. ``disk=False`` forbids it.
     Raises :class:`InputError` if it fits nowhere, with the bytes that it needs.
     """
-    whole, patterns = model_of(model), (sites,) if isinstance(sites, str) else tuple(sites)
-    several = isinstance(texts, list | tuple) and bool(texts) and not isinstance(texts[0], int)
+    whole, patterns = model_of(model), patterns_of(sites)
+    several = isinstance(texts, list | tuple) and bool(texts) and not hasattr(texts[0], "__index__")
     given: list[Any] = list(texts) if several else [texts]
     subjects = [read(model, t, tokenizer, source=source) for t in given]
     lengths = [len(s) for s in subjects]
@@ -142,27 +169,30 @@ def capture(
     for i, s in enumerate(subjects):
         tokens[i, : len(s)] = s.tokens[0]
     ids = torch.tensor([subjects[0].source_ids] * len(subjects), device=tokens.device) if subjects[0].source_ids else None
-    budget = available() if budget is None else check_budget(budget)
+    budget = available(tokens.device) if budget is None else check_budget(budget)
     rows, t, source_t = len(lengths), max(lengths), None if ids is None else ids.shape[1]
     shapes, most, infos = dry_run(whole, Record(*patterns), rows, t, source_t)
+    axes = {path: infos[path].axes.split() for path in shapes}
     if most <= budget:
         record = Record(*patterns)
         _run(whole, tokens, ids, lengths, record)
-        return Captured(whole, tokens, ids, lengths, record.values)
+        return Captured(whole, tokens, ids, lengths, record.values, axes)
     if not disk:
         raise InputError(
             f"The capture takes {said(most)} at one time, but the budget is {said(budget)} and disk=False: raise it, or ask for fewer sites or texts."
         )
+    if folder is not None and (Path(folder) / FILE).exists():
+        raise InputError(f"{str(folder)!r} already holds a capture ({FILE}), which another one may be reading: choose another folder, or remove it.")
     at_once = _rows_at_once(whole, patterns, shapes, rows, t, source_t, budget)
     keep = tempfile.TemporaryDirectory(prefix="glassformer-") if folder is None else None
     place = Path(keep.name if keep is not None else folder or ".")
     try:
         place.mkdir(parents=True, exist_ok=True)
-        file = _write(whole, place / FILE, patterns, shapes, tokens, ids, lengths, at_once, {p for p in shapes if infos[p].axes[0] == "b"})
+        _write(whole, place / FILE, patterns, shapes, tokens, ids, lengths, at_once, {p for p in shapes if axes[p][:1] == ["b"]})
     except OSError as error:
         reason, todo = trouble(error)
         raise InputError(f"The capture cannot be written to {str(place)!r}: {reason}. {todo}.") from error
-    return Captured(whole, tokens, ids, lengths, dict(header(file)), keep)
+    return Captured(whole, tokens, ids, lengths, dict(header(place / FILE)), axes, keep)
 
 
 def _run(model: Any, tokens: Tensor, source: Tensor | None, lengths: Sequence[int], tap: Record) -> None:
@@ -181,7 +211,7 @@ def _rows_at_once(model: Any, patterns: tuple[str, ...], shapes: dict[str, Tenso
             f"Even with every value on disk a pass of {t} tokens takes {said(need[1])} at one time, but the budget is {said(budget)}: "
             "raise it, give a shorter text, or leave out what is made for all heads at once (result)."
         )
-    return max(1, int(rows * budget / need[rows]))
+    return rows_within(need[1], need[rows], rows, budget)
 
 
 def _write(
@@ -194,53 +224,24 @@ def _write(
     lengths: list[int],
     at_once: int,
     by_row: set[str],
-) -> Path:
-    """All values into one file whose header is known before it begins; a draft until it is whole."""
-    entries: dict[str, Any] = {}
-    at = 0
-    for path, x in shapes.items():
-        entries[path] = {"dtype": NAMES[x.dtype], "shape": list(x.shape), "data_offsets": [at, at + x.nbytes]}
-        at += x.nbytes
-    head = json.dumps(entries).encode()
-    head += b" " * (-len(head) % 8)
-    draft = file.with_name(f".{file.name}.draft")
-    begin, b = 8 + len(head), len(lengths)
-    handle = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-    try:
-        os.pwrite(handle, len(head).to_bytes(8, "little") + head, 0)
-        os.ftruncate(handle, begin + at)
+) -> None:
+    """All values into one file, each as it is computed."""
+    b = len(lengths)
+    with Draft(file, {path: (x.dtype, tuple(x.shape)) for path, x in shapes.items()}) as draft:
         for first in range(0, b, at_once):
 
             def put(path: str, x: Tensor, head: int | None, first: int = first) -> None:
-                whole, start = shapes[path], begin + entries[path]["data_offsets"][0]
+                whole = shapes[path]
                 unit = whole.nbytes // b if path in by_row else 0  # bytes of a row; a value without rows is one
                 if head is None:
-                    _put(handle, x, start + first * unit)
+                    draft.put(path, x, first * unit)
                     return
                 matrix = unit // whole.shape[1]
                 for i in range(x.shape[0]):
-                    _put(handle, x[i], start + (first + i) * unit + head * matrix)
+                    draft.put(path, x[i], (first + i) * unit + head * matrix)
 
             rows = slice(first, first + at_once)
             _run(model, tokens[rows], None if source is None else source[rows], lengths[rows], _Spill(patterns, shapes, put))
-        os.fsync(handle)
-        os.close(handle)
-        handle = -1
-        draft.replace(file)
-        flush(file.parent)
-    finally:
-        if handle >= 0:
-            os.close(handle)
-        draft.unlink(missing_ok=True)
-    return file
-
-
-def _put(handle: int, x: Tensor, at: int) -> None:
-    numbers: Any = x.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
-    view = memoryview(numbers)
-    while len(view):
-        n = os.pwrite(handle, view, at)
-        view, at = view[n:], at + n
 
 
 class _Spill(Record):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import operator
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from glassformer.core.errors import InputError, SiteError
 from glassformer.core.fields import described
 from glassformer.core.tap import Pattern
 
+LARGEST = 3.4e38  # of float32
 Where = str | int | slice | Iterable[int] | None
 """Positions or steps: ``"7:"``, ``"3:9"``, ``"0,4,8:"``, a number, a slice, several numbers; None: all."""
 
@@ -44,8 +45,8 @@ class Change:
             if f.name == self.TENSOR:
                 object.__setattr__(self, f.name, _tensor(value, self.words, f.name))
             elif f.type == "float":
-                if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                    raise InputError(f"{self.words}: {f.name} is a finite number, but {value!r} was given.")
+                if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST <= value <= LARGEST:
+                    raise InputError(f"{self.words}: {f.name} is a finite number, but {str(value)[:40]} was given.")
                 object.__setattr__(self, f.name, float(value))
 
     def apply(self, x: Tensor, own: Tensor | None) -> Tensor:
@@ -79,7 +80,7 @@ class Change:
 
 @dataclass(frozen=True, eq=False)
 class Zero(Change):
-    """Set to zero: at ``z[1]`` head 1 says nothing, at ``pattern[1]`` it looks nowhere."""
+    """Set to zero: at ``z[1]`` head 1 says nothing, at ``pattern[1]`` it looks nowhere, at ``scores[1]`` it looks at all that it may see alike."""
 
     def apply(self, x: Tensor, own: Tensor | None) -> Tensor:
         return torch.zeros_like(x)
@@ -143,7 +144,7 @@ class Remove(Change):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.direction.ndim == 0 or not self.direction.norm() > 0:
+        if self.direction.ndim == 0 or not (self.direction.norm(dim=-1) > 0).all():
             raise InputError(f"{self.words}: a direction is a vector that is not zero, but one of shape {tuple(self.direction.shape)} and norm "
                              f"{self.direction.norm():g} was given.")  # fmt: skip
 
@@ -164,7 +165,7 @@ def _tensor(value: Any, owner: str, name: str) -> Tensor:
         raise InputError(f"{owner} needs {name}: a tensor, or numbers.")
     try:
         made = torch.as_tensor(value).detach().to("cpu", torch.float32).clone().contiguous()
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise InputError(f"{owner}: {name} is a tensor or numbers, but {described(type(value))} was given ({error}).") from error
     if not made.numel() or not torch.isfinite(made).all():
         raise InputError(f"{owner}: {name} of shape {tuple(made.shape)} holds nothing, or what is no number.")
@@ -172,7 +173,7 @@ def _tensor(value: Any, owner: str, name: str) -> Tensor:
 
 
 Spans = list[tuple[int, int | None]] | None
-_SPAN = re.compile(r"(\d+)|(\d*):(\d*)")
+_SPAN = re.compile(r"([0-9]{1,12})|([0-9]{0,12}):([0-9]{0,12})")
 
 
 def _where(given: Any, name: str) -> str | None:
@@ -187,7 +188,7 @@ def _where(given: Any, name: str) -> str | None:
         given = str(given)
     elif not isinstance(given, str):
         try:
-            given = ",".join(str(int(i)) for i in given)
+            given = ",".join(str(operator.index(i)) for i in given)
         except (TypeError, ValueError):
             raise InputError(f"{name} are written as '7:', '3:9' or '0,4', but {described(type(given))} was given.") from None
     text = given.replace(" ", "")

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from glassformer.core.errors import InputError
+from glassformer.core.numerics import wide
 from glassformer.models.encoder_decoder import EncoderDecoderModel
 from glassformer.parts.attention import AttentionLayer
 from glassformer.parts.norm import JointLayer, NoNormLayer, RMSNormLayer
 from glassformer.weights.own import Loaded
 
+from .extremes import largest_entries, share_on_diagonal
 from .factored import FactoredMatrix
 from .figure import Theme, bars, dress, heatmap, plain_text
 from .matrices import Weights, exact_folds, weights
@@ -35,8 +37,8 @@ if TYPE_CHECKING:
 
     from glassformer.text import Tokenizer
 
-AT_ONCE = 1 << 23
-"""Entries of a token-by-token matrix that stand in memory at a time (32 MB)."""
+FURTHEST = 1 << 24
+"""The largest distance: float32 counts positions no further."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Circuit(Result):
     ``kind``: ``"ov"`` or ``"qk"``. ``matrix``: the factored [d d] in the stream's space (of QK without ``scale``). ``full``: the factored
     [v v] between tokens, with ``scale``. ``eigenvalues`` [r 2]: real and imaginary parts of those of ``full``, the longest first.
     ``singular`` [r]: singular values of ``matrix``. ``copying``: sum of the eigenvalues by the sum of their lengths, from -1 to 1.
-    ``diagonal``: share of tokens whose own entry is the largest of its row (OV: the head raises the token that it reads; QK: a token looks for itself).
+    ``diagonal``: share of tokens whose own entry is larger than all others of its row (OV: the head raises the token that it reads; QK: a token looks
+    for itself).
     ``pairs``: for each of the rows that have the largest one, its largest entry of ``full`` above the row's mean, as (row token,
     column token, value). ``distance``: query position less key position (QK with rotary positions).
     """
@@ -87,7 +90,7 @@ class Circuit(Result):
         lines = [f"eigenvalues: sum / sum of lengths = {self.copying:+.3f}; {self.diagonal:.1%} of tokens {own}"]
         for i, d in enumerate(self.directions):
             lines.append(f"direction {i} ({d.value:.3g}): {' '.join(t for t, _ in d.reads)}  →  {' '.join(t for t, _ in d.writes)}")
-        norm = "norm weights folded in" if self.folded else "norm weights not folded in (that would not be exact here)"
+        norm = "norm weights folded in" if self.folded else "norm weights not folded in"
         lines.append(f"{norm}; the division by each token's own scale is left out: compare entries of a row, not of different rows")
         return Grid(names, tuple(rows), "\n".join(lines))
 
@@ -131,16 +134,21 @@ def ov_circuit(
 ) -> Circuit:
     """What a head moves: ``W_E W_V W_O W_U`` [v v], its eigenvalues, singular directions and the largest entries of ``k`` rows.
 
+    Nothing of [v v] is held; finding ``pairs`` and ``diagonal`` costs at most ``4 v^2 d_head`` operations (:mod:`.extremes`): for GPT-2's vocabulary
+    some seconds to tens of seconds of a processor, for one of 2,048 pieces milliseconds.
+
     ``layer, head``: two numbers, or ``"1.3"``. ``fold``: norm weights multiplied into the matrices (None: where that is exact).
     Raises :class:`InputError` for a model without scores over its vocabulary, :class:`SiteError` for a head that it has not.
     """
     w, stack, tokenizer, at = _opened(model, layer, head, tokenizer, fold)
     check_reads_tokens(stack, "The OV circuit between tokens")
-    matrix = FactoredMatrix(w.W_V[at], w.W_O[at])
-    E, U = _readable(w, stack), w.W_U
-    if U.shape[0] != matrix.rdim:
-        raise InputError(f"The stream is {matrix.rdim} wide, but the read-out's matrix reads {U.shape[0]}: a transform between them is no part of a circuit.")
-    return _circuit("ov", at, matrix, FactoredMatrix(E @ w.W_V[at], w.W_O[at] @ U), E, U.T, tokenizer, k, directions, 0, w)
+    if stack.readout.transform is not None:
+        raise InputError(
+            f"The OV circuit ends in W_U, but this model's read-out has a {type(stack.readout.spec.transform).__name__} before it, which is no matrix: "
+            "qk_circuit() needs no read-out."
+        )
+    V, O, E, U = (wide(x) for x in (w.W_V[at], w.W_O[at], _readable(w, stack), w.W_U))
+    return _circuit("ov", at, FactoredMatrix(V, O), FactoredMatrix(E @ V, O @ U), E, U.T, tokenizer, k, directions, 0, w)
 
 
 def qk_circuit(
@@ -157,13 +165,14 @@ def qk_circuit(
     """What a head looks for: ``scale W_E W_Q R_n W_K^T W_E^T`` [v v], row: query token, column: key token, ``n = distance`` positions back.
 
     With rotary positions ``R_n`` turns the query by ``n`` positions (0: the part that content alone decides); positions that are added or biased
-    are not in it, nor are the biases of queries and keys. An RMSNorm on queries and keys enters by its weights. Arguments as in :func:`ov_circuit`.
+    are not in it, nor are the biases of queries and keys, nor a norm on the embedding itself (BERT's).
+    An RMSNorm on queries and keys enters by its weights. Arguments and cost as of :func:`ov_circuit`.
     Raises :class:`InputError` where scores are no bilinear form (a LayerNorm on queries and keys), and for a distance below 0 in a causal model.
     """
     w, stack, tokenizer, at = _opened(model, layer, head, tokenizer, fold)
     q, key = _query_and_key(w, stack, at, distance)
     matrix = FactoredMatrix(q, key.T)
-    E = _readable(w, stack)
+    E = wide(_readable(w, stack))
     full = FactoredMatrix(E @ q * stack.blocks[at[0]].attn.scale, (E @ key).T)
     return _circuit("qk", at, matrix, full, E, E, tokenizer, k, directions, distance, w)
 
@@ -171,9 +180,11 @@ def qk_circuit(
 def _query_and_key(w: Weights, stack: Any, at: tuple[int, int], distance: int) -> tuple[Tensor, Tensor]:
     """[d k] each: the query's matrix turned by ``distance``, the key's at position 0, QK-norm weights in both."""
     layer: Any = stack.blocks[at[0]].attn
-    if isinstance(distance, bool) or not isinstance(distance, int) or (distance < 0 and is_causal(stack)):
-        raise InputError(f"distance={distance!r}: a query of this model sees keys at its own position and before, so a distance is 0, 1, 2, ...")
-    q, key = w.W_Q[at], w.W_K[at]
+    if isinstance(distance, bool) or not isinstance(distance, int) or abs(distance) > FURTHEST or (distance < 0 and is_causal(stack)):
+        raise InputError(
+            f"distance={distance!r}: a query of this model sees keys at its own position and before, so a distance is 0, 1, 2, ... up to {FURTHEST:,}."
+        )
+    q, key = wide(w.W_Q[at]), wide(w.W_K[at])
     for name, n in (("q_norm", layer.n_heads), ("k_norm", layer.n_kv_heads)):
         norm = getattr(layer, name, None)
         if norm is None or isinstance(norm, NoNormLayer):
@@ -183,7 +194,7 @@ def _query_and_key(w: Weights, stack: Any, at: tuple[int, int], distance: int) -
             raise InputError(
                 f"The {'queries' if name == 'q_norm' else 'keys'} of layer {at[0]} go through a {type(inner).__name__}: scores are no bilinear form there."
             )
-        weight = inner.weight.detach() + inner.offset
+        weight = wide(inner.weight.detach()) + inner.offset
         if isinstance(norm, JointLayer):
             weight = weight.view(n, -1)[at[1] * n // layer.n_heads]
         q, key = (q * weight, key) if name == "q_norm" else (q, key * weight)
@@ -239,11 +250,11 @@ def _circuit(
     w: Weights,
 ) -> Circuit:
     """Everything that is said of the two factored matrices; ``E`` and ``out`` [v d] read their two sides as tokens."""
-    if k < 1 or n < 0:
-        raise InputError(f"k={k} pairs and directions={n} were asked for: at least 1 pair, and 0 or more directions.")
+    if any(isinstance(x, bool) or not isinstance(x, int) for x in (k, n)) or k < 1 or n < 0:
+        raise InputError(f"k={k!r} pairs and directions={n!r} were asked for: at least 1 pair, and 0 or more directions.")
+    pairs, diagonal = largest_entries(full, k), share_on_diagonal(full)  # also refuses NaN
     values = torch.linalg.eigvals(full.BA.double())
     values = values[values.abs().argsort(descending=True)]
-    pairs, diagonal = _largest(full, k)
     name = lambda i: piece_of(tokenizer, int(i))
     u, s, v = matrix.svd()
     found = []
@@ -269,23 +280,6 @@ def _circuit(
         distance=distance,
         folded=w.fold_norms,
     )
-
-
-def _largest(full: FactoredMatrix, k: int) -> tuple[list[tuple[int, int, float]], float]:
-    """The ``k`` rows whose largest entry stands furthest above the row's mean, and the share of rows whose diagonal entry is their largest."""
-    rows, columns = full.shape
-    step = max(1, AT_ONCE // columns)
-    centred = full.B - full.B.mean(1, keepdim=True)  # soft-max does not see what all entries of a row share
-    best, place, own = [], [], 0
-    for first in range(0, rows, step):
-        block = full.A[first : first + step] @ centred
-        top = block.max(1)
-        own += int((top.indices == torch.arange(first, first + len(block), device=block.device)).sum())
-        best.append(top.values)
-        place.append(top.indices)
-    values, found = torch.cat(best).topk(min(k, rows))
-    partner = torch.cat(place)[found]
-    return list(zip(found.tolist(), partner.tolist(), values.tolist(), strict=True)), own / rows
 
 
 # Between heads
@@ -317,7 +311,7 @@ class Composition(Result):
         """The ``n`` largest: kind, head that writes, head that reads, score."""
         chosen = self.kinds if kind is None else (choose(kind, self.kinds, "kind of composition"),)
         flat = torch.stack([self[c] for c in chosen]).nan_to_num(-torch.inf).flatten()
-        top = flat.topk(min(n, int((flat > -torch.inf).sum())))
+        top = flat.topk(max(0, min(n, int((flat > -torch.inf).sum()))))
         m = len(self.heads)
         return [(chosen[i // (m * m)], self.heads[i // m % m], self.heads[i % m], v) for i, v in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
 
@@ -327,7 +321,8 @@ class Composition(Result):
         return Grid(
             ("writes", "reads", "into its", "above chance"),
             rows,
-            f"||W1 W2|| / (||W1|| ||W2||) less 1/sqrt(d) = {self.baseline:.4f}, its root mean square when one of the two is turned at random",
+            f"||W1 W2|| / (||W1|| ||W2||) less 1/sqrt(d) = {self.baseline:.4f}, its root mean square when one of the two is turned at random; "
+            f"norm weights {'folded in' if self.folded else 'not folded in'}",
         )
 
     def size(self) -> tuple[float, float]:
@@ -393,7 +388,7 @@ def _sides(w: Weights, stack: Any, distance: int) -> tuple[list[list[Tensor]], l
             raise InputError(f"Layer {i} has {type(block.attn.spec).__name__}, whose keys and values come out of a normed latent: composition is not defined.")
         own_w: list[Tensor] = []
         own_r: list[list[Tensor]] = [[], [], []]
-        V, O = w.W_V[i], w.W_O[i]
+        V, O = wide(w.W_V[i]), wide(w.W_O[i])
         for h in range(block.attn.n_heads):
             q, key = _query_and_key(w, stack, (i, h), distance)
             left = torch.linalg.qr(V[h], mode="r")[1] @ O[h]

@@ -21,9 +21,9 @@ from glassformer.core.numerics import wide
 from glassformer.core.tap import Record
 from glassformer.models.transformer import TransformerModel
 
-from .candidates import check_k, quoted
 from .figure import Theme, bars, heatmap, lines, plain_text
 from .lenses import js, kl, norms_after, plain_pass, short, stream_sites
+from .next_tokens import check_k, joined, quoted
 from .result import Cell, Grid, Result
 from .subject import Positions, Subject, Target, Text, check_reads_tokens, feedforward_of, read
 
@@ -212,14 +212,15 @@ def compare(
     outputs = _outputs(a, logits, k)
     depths = _depths(a, (record_a, record_b), at, logits)
     values = (float(aim.of(logits[0].double())), float(aim.of(logits[1].double())))
+    shared = _shared(a, b)
     return Comparison(
-        texts=(quoted(a), quoted(b)),
+        texts=_quotes(a, b, shared["prefix"]),
         pieces=(a.pieces, b.pieces),
         at=at,
-        **_shared(a, b),
+        **shared,
         **outputs,
         **depths,
-        aligned=_aligned(a, (record_a, record_b), _shared(a, b)["pairs"]),
+        aligned=_aligned(a, (record_a, record_b), shared["pairs"]),
         target=aim.label,
         values=values,
         **_parts(a, (record_a, record_b), at, aim, values[1] - values[0]),
@@ -255,6 +256,16 @@ def _shared(a: Subject, b: Subject) -> dict[str, Any]:
         "same": tuple(a.ids[i] == b.ids[j] for i, j in found),
         "shared": tuple(a.piece(i) for i in shared),
     }
+
+
+def _quotes(a: Subject, b: Subject, prefix: int) -> tuple[str, str]:
+    """The texts in quotes: their ends, or where they part, if the ends of long ones are the same."""
+    one, two = quoted(a), quoted(b)
+    if one != two or a.ids == b.ids:
+        return one, two
+    near = slice(max(0, prefix - 3), prefix + 5)
+    parted = (f"“{'…' * (near.start > 0)}{joined(s.pieces[near]).strip()}…”" for s in (a, b))
+    return next(parted), next(parted)
 
 
 def _aim(s: Subject, target: Any, logits: Tensor) -> Target:

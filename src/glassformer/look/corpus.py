@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from glassformer.core import files
 from glassformer.core.errors import InputError, SiteError, did_you_mean
+from glassformer.core.fields import described
 from glassformer.core.modes import evaluating
 from glassformer.core.numerics import dtype_named
 from glassformer.core.tap import Record
@@ -31,15 +32,18 @@ from glassformer.weights.own import Loaded
 from glassformer.weights.safetensors_file import header
 from glassformer.weights.stored import Stored
 
-from .forecasting import available, check_budget, check_sizes, dry_run, model_of, said
+from .forecasting import available, check_budget, check_sizes, dry_run, model_of, patterns_of, rows_within, said
+from .storing import Draft
+from .subject import shorten
 
 INDEX, FORMAT, VERSION = "index.json", "glassformer.activations", 1
-SHARD = 256 << 20  # bytes of a shard, at most; less where the budget is small
+SHARD = 256 << 20  # bytes of a shard, at most
 TYPES = ("float64", "float32", "float16", "bfloat16")
+FIELDS = {"model": str, "text": str, "tokens": int, "context": int, "dtype": str, "windows_per_shard": int, "patterns": list, "sites": dict}
 
 
 class Rows:
-    """One site's vectors [n ..] across the shards: ``[i]``, ``[a:b]`` or a list of places reads those and no others."""
+    """One site's vectors [n ..] across the shards: ``[i]``, ``[a:b]``, a list of places or a mask [n] reads those and no others."""
 
     def __init__(self, parts: Sequence[Stored]):
         self._parts = list(parts)
@@ -65,12 +69,16 @@ class Rows:
             if step == 1:
                 return self._run(low, max(low, high))
             where = list(range(low, high, step))
-        if isinstance(where, int):
-            return self[[where]][0]
-        places = [int(i) for i in where]
-        if wrong := [i for i in places if not -n <= i < n]:
+        places = torch.as_tensor(where)
+        if places.dtype == torch.bool and tuple(places.shape) == (n,):
+            places = places.nonzero().flatten()
+        elif places.numel() and (places.dtype == torch.bool or places.is_floating_point() or places.ndim > 1):
+            raise InputError(f"Places are whole numbers, a slice, or a mask of {n:,} truths, but {places.dtype} of shape {tuple(places.shape)} was given.")
+        chosen = places.long().flatten().tolist()
+        if wrong := [i for i in chosen if not -n <= i < n]:
             raise InputError(f"Place {wrong[0]} was asked for, but there are {n:,} tokens.")
-        return torch.stack([self._run(i % n, i % n + 1)[0] for i in places]) if places else self._run(0, 0)
+        found = torch.stack([self._run(i % n, i % n + 1)[0] for i in chosen]) if chosen else self._run(0, 0)
+        return found if places.ndim else found[0]
 
     def _run(self, low: int, high: int) -> Tensor:
         out = torch.empty((high - low, *self.shape[1:]), dtype=self.dtype)
@@ -112,6 +120,8 @@ class Activations:
 
     def batches(self, site: str, size: int = 8192) -> Iterator[tuple[Tensor, Tensor]]:
         """Ids [n] and vectors [n ..], ``size`` tokens at a time, in the order of the text."""
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise InputError(f"size is a number of tokens, at least 1, but {size!r} was given.")
         rows = self[site]
         for at in range(0, len(rows), size):
             yield self.tokens[at : at + size], rows[at : at + size]
@@ -135,11 +145,12 @@ def activations(
     resume: bool = True,
     progress: bool | None = None,
 ) -> Activations:
-    """Write the values at ``sites`` (of every token) of a text file, or of texts, to ``folder`` as safetensors shards with an index.
+    """Write the values at ``sites`` (of every token) of a text file, or of texts one after another, to ``folder`` as safetensors shards with an index.
 
-    ``batch``: windows of ``context`` tokens in a pass, fewer if ``budget`` (bytes of memory; None: half of what is available) asks for it. ``dtype``:
-    on disk. ``most``: at most so many tokens. A folder that holds part of the same work is gone on with; one of another model, text or setting is
-    refused, and with ``resume=False`` any. Raises :class:`InputError` for what cannot be, :class:`SiteError` for sites that have no value per token.
+    ``batch``: windows of ``context`` tokens in a pass, fewer if ``budget`` (bytes of memory for the passes; None: half of what is available) asks for
+    it; beside them the text and its token ids stand in memory. ``dtype``: on disk. ``most``: at most so many tokens. A folder that holds part of the
+    same work is gone on with; one of another model, text or setting is refused, and with ``resume=False`` any.
+    Raises :class:`InputError` for what cannot be, :class:`SiteError` for sites that have no value per token.
     """
     tokenizer = tokenizer if tokenizer is not None or not isinstance(model, Loaded) else model.tokenizer
     net = model_of(model)
@@ -149,9 +160,10 @@ def activations(
     if dtype not in TYPES:
         raise InputError(f"dtype={dtype!r} is no type to keep activations in: one of {', '.join(TYPES)}.")
     ids, digest = _read_text(text, tokenizer, net, most)
-    budget = available() if budget is None else check_budget(budget)
+    budget = available(next(net.parameters()).device) if budget is None else check_budget(budget)
     context = min(context, len(ids))
-    paths, shapes, rows, windows = _plan(net, sites, batch, context, dtype_named(dtype), budget)
+    patterns = patterns_of(sites)
+    shapes, rows, windows = _plan(net, patterns, batch, context, dtype_named(dtype), budget)
     index: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -161,14 +173,13 @@ def activations(
         "context": context,
         "dtype": dtype,
         "windows_per_shard": windows,
-        "patterns": [sites] if isinstance(sites, str) else list(sites),
-        "sites": {p: shapes[p] for p in paths},
+        "patterns": list(patterns),
+        "sites": shapes,
     }
     place = Path(folder)
     try:
         index = _open(place, index, resume)
-        windows = int(index["windows_per_shard"])
-        _fill(net, ids, place, index, min(rows, windows), progress)
+        _fill(net, ids, place, index, rows, progress)
     except OSError as error:
         reason, todo = files.trouble(error)
         raise InputError(f"Activations cannot be written to {str(place)!r}: {reason}. {todo}; whole shards stay, and the same call goes on.") from error
@@ -186,7 +197,15 @@ def read_activations(folder: str | os.PathLike[str]) -> Activations:
         raise InputError(
             f"{str(place)!r} is not whole: {len(missing)} of {len(names)} shards are missing; call activations again with the same text and it goes on."
         )
-    return Activations(place, index, [header(place / n) for n in names])
+    shards = [header(place / n) for n in names]
+    size = index["context"] * index["windows_per_shard"]
+    for i, (name, shard) in enumerate(zip(names, shards, strict=True)):
+        n = min(size, index["tokens"] - i * size)
+        for key, shape in (("tokens", []), *index["sites"].items()):
+            if key not in shard or list(shard[key].shape) != [n, *shape]:
+                is_there = f"shape {list(shard[key].shape)}" if key in shard else "nothing"
+                raise InputError(f"{name} in {str(place)!r} has {is_there} at {key!r}, but {INDEX} says {[n, *shape]}: remove that shard and write it again.")
+    return Activations(place, index, shards)
 
 
 def fingerprint(model: Any) -> str:
@@ -209,14 +228,22 @@ def _read_text(text: Any, tokenizer: Tokenizer | None, model: Any, most: int | N
         raise InputError("A text is read by a tokenizer, but there is none: give tokenizer=, or what gf.load gave in place of the model.")
     if isinstance(text, str | os.PathLike):
         file = Path(text)
-        if not file.is_file():
-            raise InputError(f"There is no file {str(text)!r}: give a text file, or a list of texts.")
         try:
+            if not file.is_file():
+                raise InputError(f"There is no file {shorten(str(text), 200)!r}: give a text file, or a list of texts.")
             texts = [file.read_text(encoding="utf-8")]
         except UnicodeDecodeError as error:
             raise InputError(f"{str(file)!r} is not UTF-8 text (byte {error.start}): convert it first.") from error
-    else:
+        except OSError as error:  # among others: a whole text, which is too long for a name
+            raise InputError(f"{shorten(str(text))!r} cannot be read as a file ({error.strerror}): give a text file, or a list of texts.") from error
+    elif isinstance(text, Iterable):
         texts = list(text)
+        if wrong := [t for t in texts if not isinstance(t, str)]:
+            raise InputError(f"The list of texts holds {described(type(wrong[0]))}: give texts.")
+    else:
+        raise InputError(f"A text file or a list of texts is read, but {described(type(text))} was given.")
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        raise InputError(f"most is a number of tokens, at least 1, but {most!r} was given.")
     ids = [i for t in texts for i in tokenizer.encode(t)][:most]
     if not ids:
         raise InputError("The text has 0 tokens, but at least 1 is needed: give some text.")
@@ -227,28 +254,25 @@ def _read_text(text: Any, tokenizer: Tokenizer | None, model: Any, most: int | N
     return ids, hashlib.sha256(b"".join(i.to_bytes(4, "little") for i in ids)).hexdigest()
 
 
-def _plan(
-    model: Any, sites: str | Sequence[str], batch: int, context: int, dtype: torch.dtype, budget: int
-) -> tuple[list[str], dict[str, list[int]], int, int]:
-    """Full paths, shape per token, windows in a pass, windows in a shard."""
-    patterns = (sites,) if isinstance(sites, str) else tuple(sites)
+def _plan(model: Any, patterns: tuple[str, ...], batch: int, context: int, dtype: torch.dtype, budget: int) -> tuple[dict[str, list[int]], int, int]:
+    """Shape per token by path, windows in a pass, windows in a shard."""
     held, _, infos = dry_run(model, Record(*patterns), 1, context)
     for path in held:
         axes = infos[path].axes.split()
         if axes[:2] not in (["b", "t"], ["b", "s"]) or {"t", "s"} & set(axes[2:]) or held[path].shape[1] != context:
             raise SiteError(f"{path!r} has the axes {' '.join(axes)}, but a corpus keeps one value per token (b t ...): capture() holds the others.")
-    per_token = sum(x[0, 0].numel() for x in held.values()) * dtype.itemsize + 8
     peak = {n: dry_run(model, Record(*patterns), n, context)[1] for n in {1, batch}}
-    smallest = peak[1] + 2 * per_token * context
-    if smallest > budget:
+    # What a pass held is written to the disk as it is, or by way of one value in the type of the disk.
+    beside = max(x[0, 0].numel() for x in held.values()) * dtype.itemsize * context
+    need = {n: bytes_now + n * beside for n, bytes_now in peak.items()}
+    if need[1] > budget:
         raise InputError(
-            f"One window of {context} tokens takes {said(smallest)} at one time, but the budget is {said(budget)}: raise it, or take a "
+            f"One window of {context} tokens takes {said(need[1])} at one time, but the budget is {said(budget)}: raise it, or take a "
             "smaller context or fewer sites."
         )
-    rows = batch if peak[batch] <= budget // 2 else max(1, int(batch * (budget // 2) / peak[batch]))
-    # A shard stands in memory twice while it is written.
-    windows = max(1, min(SHARD, (budget - min(peak[batch], max(peak[1], budget // 2))) // 2) // (per_token * context))
-    return list(held), {p: list(x.shape[2:]) for p, x in held.items()}, rows, windows
+    per_token = sum(x[0, 0].numel() for x in held.values()) * dtype.itemsize + 8
+    windows = max(1, SHARD // (per_token * context))
+    return {p: list(x.shape[2:]) for p, x in held.items()}, rows_within(need[1], need[batch], batch, budget), windows
 
 
 def _open(place: Path, wanted: dict[str, Any], resume: bool) -> dict[str, Any]:
@@ -274,10 +298,15 @@ def _index(place: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is no JSON ({error}): remove the folder and write it again.") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("version") != VERSION:
         raise InputError(f"{file} is no index of activations of version {VERSION}: choose another folder.")
+    for name, kind in FIELDS.items():
+        if type(found.get(name)) is not kind or (kind is int and found[name] < 1):
+            raise InputError(f"{file}: {name!r} is {shorten(repr(found.get(name)))}, which no index has: remove the folder and write it again.")
+    if not found["sites"] or not all(isinstance(v, list) and all(type(n) is int for n in v) for v in found["sites"].values()):
+        raise InputError(f"{file}: 'sites' are no shapes by name: remove the folder and write it again.")
     return found
 
 
@@ -301,41 +330,32 @@ def _fill(model: Any, ids: list[int], place: Path, index: dict[str, Any], rows: 
     with _Bar(len(ids), progress) as advance:
         advance(len(ids) - sum(len(ids[i * size : (i + 1) * size]) for i in todo))
         for i in todo:
-            _write(place / _shard(i), _compute(model, ids[i * size : (i + 1) * size], index, rows, advance))
+            _write(place / _shard(i), model, ids[i * size : (i + 1) * size], index, rows, advance)
 
 
-def _compute(model: Any, ids: list[int], index: dict[str, Any], rows: int, advance: Any) -> dict[str, Tensor]:
-    """One shard's tensors."""
+def _write(file: Path, model: Any, ids: list[int], index: dict[str, Any], rows: int, advance: Any) -> None:
+    """One shard, each value as it is computed."""
     context, dtype, device = index["context"], dtype_named(index["dtype"]), next(model.parameters()).device
-    made = {p: torch.empty((len(ids), *shape), dtype=dtype) for p, shape in index["sites"].items()}
+    sites = {path: (dtype, (len(ids), *shape)) for path, shape in index["sites"].items()}
     tap, at = Record(*index["patterns"]), 0
-    with torch.no_grad(), evaluating(model):
+    with Draft(file, {"tokens": (torch.int64, (len(ids),))} | sites) as draft, torch.no_grad(), evaluating(model):
+        draft.put("tokens", torch.tensor(ids), 0)
         while at < len(ids):
             n = min(rows, (len(ids) - at) // context)
             take = n * context if n else len(ids) - at  # what does not fill a window is a shorter one
             tokens = torch.tensor(ids[at : at + take], device=device).view(max(n, 1), -1)
-            if hasattr(model, "states") and not any(p.startswith(("logits", "readout")) for p in made):
+            if not any(p.startswith(("logits", "readout")) for p in sites):
                 model.states(tokens, tap=tap)  # no logits are needed
             else:
                 model(tokens, tap=tap)
-            for path, out in made.items():
-                out[at : at + take] = tap[path].flatten(0, 1).to("cpu", dtype)
+            for path in sites:
+                x = tap[path].to("cpu", dtype)
+                if dtype == torch.float16 and not torch.equal(x.isfinite(), tap[path].isfinite().cpu()):
+                    raise InputError(f"A value at {path!r} is beyond what float16 holds (65,504): keep the activations as bfloat16 or float32.")
+                draft.put(path, x, at * x.flatten(0, 1)[0].nbytes)
             tap.clear()
             at += take
             advance(take)
-    return {"tokens": torch.tensor(ids)} | made
-
-
-def _write(file: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    draft = file.with_name(f".{file.name}")
-    try:
-        save_file(tensors, draft)
-        files.flush(draft)
-        draft.replace(file)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 class _Bar:

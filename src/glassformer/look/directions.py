@@ -48,7 +48,7 @@ def words_written(subject: Subject, layer: int, ffn: Any, unit: int, k: int, amo
         u = through(readout.transform.norm, matrix_of(readout.transform.linear) @ u)
     with torch.no_grad():
         logits = readout.factor * (readout.weight.detach().float().cpu() @ u)
-    logits = logits - logits.mean()
+    logits = (logits - logits.mean())[among]
     return _best(subject, logits, k, among), _best(subject, -logits, k, among, -1.0)
 
 
@@ -61,7 +61,8 @@ def words_read(subject: Subject, layer: int, row: Tensor, k: int, among: Tensor)
     direction = back_through(norm_before(stack, layer), row)
     with torch.no_grad():
         embed = stack.embed
-        table = embed.lift_sum(embed.lift_tokens(embed.weight * embed.factor)).detach().float().cpu()
+        rows = embed.weight[among.to(embed.weight.device)] * embed.factor  # only these are candidates: the whole table may be a thousand times as long
+        table = embed.lift_sum(embed.lift_tokens(rows)).detach().float().cpu()
     return _best(subject, F.normalize(table, dim=-1) @ F.normalize(direction, dim=0), k, among)
 
 
@@ -75,10 +76,8 @@ def norm_before(stack: TransformerModel, layer: int) -> Any:
 def norms_after(stack: TransformerModel, layer: int) -> list[Any]:
     """The norms that stand on the direct way from the feed-forward layer's output to the final norm: its own, and those on the stream (post-norm)."""
     block: Any = stack.blocks[layer]
-    if isinstance(block, ParallelBlock):
-        return []
-    _, _, out, after = _step(block, layer, stack)
-    found = [getattr(block, name) for name in (out, after) if name]
+    names = () if isinstance(block, ParallelBlock) else _step(block, layer, stack)[2:]
+    found = [getattr(block, name) for name in names if name]
     for later in range(layer + 1, len(stack.blocks)):
         b: Any = stack.blocks[later]
         if isinstance(stack.spec.blocks[later].wiring, PostNorm):
@@ -93,6 +92,7 @@ def _step(block: Any, layer: int, stack: TransformerModel) -> tuple[str, ...]:
 
 
 def _best(subject: Subject, scores: Tensor, k: int, among: Tensor, sign: float = 1.0) -> Words:
-    values, at = scores[among].topk(min(k, len(among)))
+    """The ``k`` largest of the scores of the tokens ``among``."""
+    values, at = scores.topk(min(k, len(among)))
     ids = among[at]
     return Words(tuple(subject.piece(int(i)) for i in ids), tuple(int(i) for i in ids), tuple(sign * float(v) for v in values))

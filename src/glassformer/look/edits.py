@@ -18,7 +18,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,12 @@ class Intervention:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
             raise InputError(f"An intervention has a name to be known by, but {self.name!r} was given.")
-        edits = (self.edits,) if isinstance(self.edits, Change) else tuple(self.edits)
+        try:
+            self.name.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"The name {self.name!r} cannot be written as text ({error.reason}): choose another.") from error
+        given = (self.edits,) if isinstance(self.edits, Change) else self.edits
+        edits = tuple(given) if isinstance(given, Iterable) else (given,)
         if not edits or (wrong := [e for e in edits if not isinstance(e, Change)]):
             what = described(type(wrong[0])) if edits else "none"
             raise InputError(f"An intervention holds one or more of {', '.join(KINDS)}, but {what} was given.")
@@ -77,6 +82,8 @@ class Intervention:
     def check(self, model: Any) -> None:
         """Raise :class:`SiteError` or :class:`InputError` if the model lacks a site or head, or a tensor has another size than the value there."""
         model = model.model if isinstance(model, Loaded) else model
+        if not hasattr(model, "sites"):
+            raise InputError(f"Edits are checked against a model, but {described(type(model))} was given: give one, or what gf.load gave.")
         known = {s.path: s.axes.split() for s in model.sites()}
         shapes = {r.path: r.shape for r in model.dimensions(2).rows} if hasattr(model, "dimensions") else {}
         for e in self.edits:
@@ -121,7 +128,7 @@ class Intervention:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one file: ``.json`` (readable, tensors as numbers) or ``.safetensors`` (tensors as they are). Raises :class:`InputError` if it cannot."""
-        target = Path(path)
+        target = _path(path)
         if target.suffix not in (".json", ".safetensors"):
             raise InputError(f"{target.name!r} ends in {target.suffix or 'nothing'!r}, but edits are saved as .json or .safetensors.")
         plain = self.to_dict()
@@ -170,6 +177,8 @@ class InterventionTap(Tap):
             heads = torch.tensor(pattern.heads, device=x.device)
             picked = x.index_select(HEAD_AXIS[name], heads)
             new = x.index_copy(HEAD_AXIS[name], heads, change.apply(picked, self._tensor(i, change, x)))
+        if name == "scores":  # what is masked stays so, whatever the edit makes of -inf
+            new = torch.where(x == float("-inf"), x, new)
         return new if spans is None else torch.where(self._mask(path, spans, x), new, x)
 
     def _tensor(self, i: int, change: Change, x: Tensor) -> Tensor | None:
@@ -205,7 +214,7 @@ class InterventionTap(Tap):
 
 def load_edits(path: str | os.PathLike[str]) -> Intervention:
     """The intervention of a file that :meth:`Intervention.save` wrote. Raises :class:`InputError` naming the file and what is wrong with it."""
-    file = Path(path)
+    file = _path(path)
     if not file.is_file():
         raise InputError(f"There is no file of edits at {str(file)!r}: check the path.")
     if file.suffix == ".safetensors":
@@ -216,7 +225,15 @@ def load_edits(path: str | os.PathLike[str]) -> Intervention:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file.name} is no JSON ({error}): a file of edits is written by Intervention.save.") from error
+    except OSError as error:
+        raise InputError(f"{file.name} cannot be read ({error.strerror}): check who may read it.") from error
     return Intervention.from_dict(data, file.name)
+
+
+def _path(given: Any) -> Path:
+    if not isinstance(given, str | os.PathLike):
+        raise InputError(f"A file of edits is named by its path, but {described(type(given))} was given.")
+    return Path(given)
 
 
 # What an edit fits
@@ -225,6 +242,8 @@ def load_edits(path: str | os.PathLike[str]) -> Intervention:
 def _check_place(e: Change, path: str, axes: list[str]) -> None:
     if axes and path.endswith(".chosen") and not isinstance(e, Set):
         raise SiteError(f"{e.words} meets {path!r}, which holds numbers of experts: only Set fits there.")
+    if path.endswith(".pattern") and isinstance(e, Add | Set):
+        raise SiteError(f"{e.words} would also look at what is masked: Zero or Scale the pattern, or edit 'scores', where what is masked stays so.")
     if e.positions is None:
         return
     if path == "logits" or path.endswith(".logits") or "readout." in path:
@@ -248,6 +267,9 @@ def _check_sizes(e: Change, pattern: Pattern, path: str, axes: list[str], shape:
     free = {"b", "t", "s"}
     fits = [size for a, size in zip(axes, shape_now, strict=False) if a not in free] if not ("t" in axes and "s" in axes) else []
     given = list(e.tensor.shape)
+    if isinstance(e, Remove) and (not fits or given[-1] != fits[-1]):
+        rest = f"it must be as long as the last axis, {fits[-1]}" if fits else "the axes there grow with the text, so no direction has their length"
+        raise InputError(f"{e.words}: direction has shape {given}, but at {path!r} {rest}.")
     if not given or len(given) > len(fits) or any(g not in (1, f) for g, f in zip(reversed(given), reversed(fits), strict=False)):
         names = " ".join(a for a in axes if a not in free)
         want = f"[{', '.join(map(str, fits))}] ({names}), or the last of these axes" if fits else "a single number, because its other axes grow with the text"

@@ -3,7 +3,8 @@
     W = A B          A [.. m r]   B [.. r n]   r much smaller than m and n
 
 A head's W_V W_O has rank ``d_head`` in a stream of width ``d_model``, and W_E W_V W_O W_U has it between two vocabularies: the
-whole would be [v v]. Sum of eigenvalues, eigenvalues, singular values, norms and single rows need the factors only.
+whole would be [v v]. Sum of eigenvalues, eigenvalues, singular values, norms and single rows need the factors only. Factors of fewer bits than
+float32 stay so, but decompositions are computed, and returned, in float32.
 """
 
 # ruff: noqa: N802  (matrices are named as the field names them)
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from glassformer.core.errors import InputError
 from glassformer.core.fields import described
+from glassformer.core.numerics import wide
 
 
 class FactoredMatrix:
@@ -85,6 +87,9 @@ class FactoredMatrix:
 
     def __matmul__(self, other: Tensor | FactoredMatrix) -> Any:
         """A factored matrix, whose rank is the smaller of the two; a vector gives a vector."""
+        rows = other.ldim if isinstance(other, FactoredMatrix) else _meeting(other, 0)
+        if rows != self.rdim:
+            raise InputError(f"A factored matrix with {self.rdim} columns was multiplied by what has {rows} rows: make them equal.")
         if isinstance(other, FactoredMatrix):
             inner = self.B @ other.A
             return FactoredMatrix(self.A, inner @ other.B) if self.mdim <= other.mdim else FactoredMatrix(self.A @ inner, other.B)
@@ -93,11 +98,15 @@ class FactoredMatrix:
         return FactoredMatrix(self.A, self.B @ other)
 
     def __rmatmul__(self, other: Tensor) -> Any:
+        if (columns := _meeting(other, -1)) != self.ldim:
+            raise InputError(f"A factored matrix with {self.ldim} rows was multiplied from the left by what has {columns} columns: make them equal.")
         if other.ndim == 1:
             return ((other @ self.A)[..., None, :] @ self.B)[..., 0, :]
         return FactoredMatrix(other @ self.A, self.B)
 
     def __mul__(self, by: float | Tensor) -> FactoredMatrix:
+        if not isinstance(by, int | float | Tensor):
+            raise InputError(f"A factored matrix is multiplied by a number (by a matrix with @), but {described(type(by))} was given.")
         return FactoredMatrix(self.A * by, self.B)
 
     __rmul__ = __mul__
@@ -112,9 +121,15 @@ class FactoredMatrix:
             at = next(n for n, i in enumerate(items) if i is Ellipsis)
             items = (*items[:at], *(slice(None),) * (self.ndim - given), *items[at + 1 :])
         leading, rest = items[: self.ndim - 2], [*items[self.ndim - 2 :], slice(None), slice(None)][:2]
+        for i, n in zip(rest, self.shape[-2:], strict=True):
+            if isinstance(i, int) and not -n <= i < n:
+                raise InputError(f"Row or column {i} was asked for of a factored matrix of {self.ldim} x {self.rdim}.")
         rows, columns = (slice(i, None if i == -1 else i + 1) if isinstance(i, int) else i for i in rest)
-        A, B = (self.A[leading], self.B[leading]) if leading else (self.A, self.B)
-        return FactoredMatrix(A[..., rows, :], B[..., :, columns])
+        try:
+            A, B = (self.A[leading], self.B[leading]) if leading else (self.A, self.B)
+            return FactoredMatrix(A[..., rows, :], B[..., :, columns])
+        except (IndexError, TypeError) as error:
+            raise InputError(f"A factored matrix of shape {tuple(self.shape)} cannot be indexed by {index!r}: {error}.") from error
 
     def unsqueeze(self, axis: int) -> FactoredMatrix:
         """A new leading axis of size one."""
@@ -127,7 +142,7 @@ class FactoredMatrix:
     @property
     def eigenvalues(self) -> Tensor:
         """The ``r`` eigenvalues that may differ from zero, complex [.. r]: those of ``B A``."""
-        return torch.linalg.eigvals(self.BA)
+        return torch.linalg.eigvals(_regular(self.BA))
 
     def trace(self) -> Tensor:
         """The sum of the diagonal, which is that of the eigenvalues."""
@@ -136,12 +151,12 @@ class FactoredMatrix:
 
     def norm(self) -> Tensor:
         """The Frobenius norm."""
-        return (self._triangle(self.A) @ self.B).norm(dim=(-2, -1))
+        return (self._triangle(self.A) @ wide(self.B)).norm(dim=(-2, -1))
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """``U [.. m r]``, ``S [.. r]``, ``V [.. n r]`` with ``A B = U diag(S) V^T``, S falling: two QR decompositions and an SVD of [r r], O((m + n) r^2)."""
-        qa, ra = torch.linalg.qr(self.A)
-        qb, rb = torch.linalg.qr(self.B.mT)
+        qa, ra = torch.linalg.qr(_regular(self.A))
+        qb, rb = torch.linalg.qr(_regular(self.B.mT))
         u, s, vh = torch.linalg.svd(ra @ rb.mT, full_matrices=False)
         return qa @ u, s, qb @ vh.mT
 
@@ -183,8 +198,23 @@ class FactoredMatrix:
     @staticmethod
     def _triangle(x: Tensor) -> Tensor:
         """``R`` of ``x = Q R``: as long as ``x`` in every direction, and [r r]."""
-        return torch.linalg.qr(x, mode="r")[1]
+        return torch.linalg.qr(_regular(x), mode="r")[1]
 
     def _square(self, what: str) -> None:
         if self.ldim != self.rdim:
             raise InputError(f"{what} is asked of a square matrix, but this one is {self.ldim} x {self.rdim}: svd() and norm() hold for every shape.")
+
+
+def _meeting(x: Any, axis: int) -> int:
+    """The size of the axis in which a vector or a matrix meets a factored one."""
+    if not isinstance(x, Tensor) or x.ndim == 0:
+        raise InputError(f"A factored matrix is multiplied by a vector, a matrix or another of its kind, but {described(type(x))} was given.")
+    return x.shape[-1] if x.ndim == 1 else x.shape[-2 if axis == 0 else -1]
+
+
+def _regular(x: Tensor) -> Tensor:
+    """``x`` as a decomposition takes it. Raises :class:`InputError` for NaN and infinities, which have none."""
+    x = wide(x)
+    if not bool(x.isfinite().all()):
+        raise InputError("A factor holds NaN or infinities, of which there are no eigenvalues and singular values.")
+    return x

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from glassformer.core.errors import InputError
+from glassformer.core.fields import described
 
 from .windows import Batch, Reading
 
@@ -28,9 +31,13 @@ class Examples:
 
 def examples_of(reading: Reading, paths: Sequence[str], labels: Sequence[Any], per: str, pool: str) -> Examples:
     """Collect every labelled example at once for all paths. Raises :class:`InputError` where labels and texts do not fit together."""
-    texts = list(reading._texts) if isinstance(reading._texts, list | tuple | Tensor) else None
+    texts = list(reading.texts) if isinstance(reading.texts, list | tuple) or (isinstance(reading.texts, Tensor) and reading.texts.ndim) else None
     if texts is None or (texts and hasattr(texts[0], "__index__") and not isinstance(texts[0], Tensor)):
         raise InputError("A probe is learnt on some texts and tested on others: give a list of texts, with labels for each.")
+    if not isinstance(labels, Sequence | Tensor | np.ndarray) or isinstance(labels, str) or getattr(labels, "ndim", 1) < 1:
+        raise InputError(f"labels is {described(type(labels))}, but a list is read, with {'one label' if per == 'text' else 'a list of labels'} for each text.")
+    if any(isinstance(text, Path) for text in texts):
+        raise InputError("A file may hold many texts, so that labels would not belong to one each: give the texts themselves.")
     if len(labels) != len(texts):
         raise InputError(f"There are {len(texts)} texts but labels for {len(labels)}: give one {'label' if per == 'text' else 'list of labels'} for each text.")
     rows = [ids for ids, _ in reading.rows()]
@@ -78,9 +85,9 @@ def _wanted(reading: Reading, texts: Sequence[Any], rows: list[list[int]], label
     """Label and type by text and number of the token in it."""
     wanted: dict[tuple[int, int], tuple[Any, Any]] = {}
     for i, (text, ids, given) in enumerate(zip(texts, rows, labels, strict=True)):
-        if isinstance(given, str) or not isinstance(given, Sequence | Tensor):
+        if isinstance(given, str) or not isinstance(given, Sequence | Tensor | np.ndarray):
             raise InputError(f"The labels of text {i} are {given!r}, but per={per!r} takes a list, one label for each {per}: or use per='text'.")
-        given = given.tolist() if isinstance(given, Tensor) else given
+        given = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
         if per == "token":
             if len(given) != len(ids):
                 raise InputError(f"Text {i} has {len(ids)} tokens but {len(given)} labels: give one for each token, None where there is none.")

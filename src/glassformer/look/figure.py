@@ -119,9 +119,10 @@ def lines(axes: Axes, theme: Theme, x: Sequence[float], named: Mapping[str, Any]
 
 
 def bars(axes: Axes, theme: Theme, names: Sequence[str], values: Any, *, title: str = "", x: str = "") -> None:
-    """A bar to the side for each name, the first on top; what is below zero in the second colour."""
+    """A bar to the side for each name, the first on top; on both sides of zero in the two colours of a signed :func:`heatmap`."""
     numbers = np.asarray(values, dtype=float)
-    axes.barh(range(len(names)), numbers, color=[theme.series[0] if v >= 0 else theme.series[1] for v in np.nan_to_num(numbers)])
+    below, above = theme.series[0], theme.series[1] if (numbers < 0).any() else theme.series[0]
+    axes.barh(range(len(names)), numbers, color=[above if v >= 0 else below for v in np.nan_to_num(numbers)])
     axes.set_yticks(range(len(names)), [plain_text(n) for n in names])
     axes.invert_yaxis()
     dress(axes, theme, title, x)

@@ -9,6 +9,7 @@ be alive at the same time is followed from operation to operation.
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glassformer.core.errors import InputError
+from glassformer.core.fields import described
 from glassformer.core.modes import evaluating
 from glassformer.core.numerics import dtype_named
 from glassformer.core.sites import SiteInfo
@@ -118,14 +120,19 @@ def forecast(
     """What recording ``sites`` (patterns) of ``batch`` rows of ``t`` tokens holds and takes; nothing of the model runs.
 
     ``source_t``: tokens of an encoder-decoder's source (None: ``t``). ``dtype``: as if the model were of that type. ``budget``: bytes
-    (None: half of what the machine has available). ``measure=True`` times one pass of ``min(t, 128)`` positions and scales it by the operations.
+    (None: half of what is available where the model lies). ``measure=True`` times one pass of ``min(t, 128)`` positions and scales it by the operations.
     ``bytes`` is what :attr:`Record.bytes` is afterwards, to the byte. Raises :class:`InputError` for sizes that cannot be, :class:`SiteError`
     for a pattern that meets nothing.
     """
     model = model_of(model)
-    patterns = (sites,) if isinstance(sites, str) else tuple(sites)
     check_sizes(model, batch, t)
-    record = Record(*patterns)
+    if source_t is not None:
+        if not isinstance(model, EncoderDecoderModel):
+            raise InputError(
+                f"source_t={source_t!r} is the length of what an encoder reads, but this {type(model.spec).__name__} reads one text: leave it out."
+            )
+        check_sizes(model.encoder, batch, source_t, "source_t")
+    record = Record(*patterns_of(sites))
     held, peak, infos = dry_run(model, record, batch, t, source_t, None if dtype is None else dtype_named(dtype))
     seen: set[int] = set()
     rows: list[SiteBytes] = []
@@ -135,7 +142,9 @@ def forecast(
         seen.add(key)
     total = sum(r.bytes for r in rows)
     seconds = _timed(model, record, batch, t, source_t or t) if measure else None
-    return Forecast(batch, t, tuple(rows), total, max(0, peak - total), available() if budget is None else check_budget(budget), seconds)
+    return Forecast(
+        batch, t, tuple(rows), total, max(0, peak - total), available(next(model.parameters()).device) if budget is None else check_budget(budget), seconds
+    )
 
 
 # The pass without numbers
@@ -250,28 +259,50 @@ def model_of(model: Any) -> Any:
         raise InputError(
             f"The sizes of a model of glassformer can be told before it runs, but those of {type(model).__name__} cannot: open it with gf.load(folder)."
         )
+    if isinstance(model, TransformerModel) and any(b.cross is not None for b in model.spec.blocks):
+        raise InputError("This decoder also reads what an encoder makes, so it does not run by itself: give the whole encoder-decoder.")
     return model
 
 
-def check_sizes(model: Any, batch: int, t: int) -> None:
-    """Raise :class:`InputError` for a batch or length below 1, and for more positions than the model has."""
-    for name, value in (("batch", batch), ("t", t)):
+def patterns_of(sites: Any) -> tuple[str, ...]:
+    """One pattern, or several. Raises :class:`InputError` for what is neither."""
+    if isinstance(sites, str):
+        return (sites,)
+    if not isinstance(sites, Iterable):
+        raise InputError(f"Sites are named by a pattern such as 'blocks.*.resid_post', or several, but {described(type(sites))} was given.")
+    return tuple(sites)
+
+
+def check_sizes(model: Any, batch: int, t: int, word: str = "t") -> None:
+    """Raise :class:`InputError` for a batch or length (``word``: its name) below 1, and for more positions than the model has."""
+    for name, value in (("batch", batch), (word, t)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} is a whole number of at least 1, but {value!r} was given.")
     limit = position_limit(model)
     if limit is not None and t > limit:
-        raise InputError(f"t={t} was given, but this model has positions for {limit}: ask for at most {limit}.")
+        raise InputError(f"{word}={t} was given, but this model has positions for {limit}: ask for at most {limit}.")
 
 
 def check_budget(budget: Any) -> int:
     """The budget in bytes; raises :class:`InputError` for what is none."""
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or budget < 1:
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 1 <= budget < math.inf:
         raise InputError(f"budget is a number of bytes, such as 2 * 10**9, but {budget!r} was given.")
     return int(budget)
 
 
-def available() -> int:
-    """Bytes that a capture may take without being told: half of what the machine (and the group of processes this one is in) has left."""
+def rows_within(one: int, all_rows: int, rows: int, budget: int) -> int:
+    """How many of ``rows`` a pass may have, when one takes ``one`` bytes and all take ``all_rows``: the rest of a pass does not grow with its rows."""
+    if all_rows <= budget or rows == 1:
+        return rows
+    return max(1, 1 + (rows - 1) * (budget - one) // (all_rows - one))
+
+
+def available(device: torch.device | str = "cpu") -> int:
+    """Bytes that a capture may take without being told: half of what is left on the ``device``, or in the machine (and the group of processes
+    this one is in).
+    """
+    if torch.device(device).type == "cuda":
+        return int(SHARE * torch.cuda.mem_get_info(device)[0])
     found = []
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():

@@ -82,17 +82,36 @@ class Foreign(nn.Module):
         self.base: nn.Module = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
         self.blocks_theirs = _blocks(self.base, self.name)
         self.n_layers = len(self.blocks_theirs)
+        if (n := int(getattr(config, "num_hidden_layers", self.n_layers))) != self.n_layers:
+            raise InputError(
+                f"This {self.name} has {n} layers made of {self.n_layers} blocks that are run again and again, which is not told apart from outside: "
+                "open its checkpoint with gf.load."
+            )
         self.d_model = int(config.hidden_size)
         self.vocab_size = int(config.vocab_size)
         self.head = next((m for n, m in model.named_children() if m is not self.base and n in ("lm_head", "cls", "embed_out", "vocab_projector")), None)
         self.reads_tokens = self.head is not None
         self.final_norm = next((m for n in FINAL_NORMS if (m := _find(self.base, n)) is not None), None)
         self.causal = bool(getattr(config, "is_decoder", False)) or "CausalLM" in self.name or any("CausalLM" in str(a) for a in config.architectures or ())
-        self.causal = self.causal or type(self.base).__name__.startswith("GPT")
+        self.causal = self.causal or type(self.base).__name__.startswith("GPT") or any(getattr(m, "is_causal", False) for m in self.blocks_theirs[0].modules())
         self.places = dict(self._places())
         self._read_checked = False
 
     # What it is
+
+    def feedforward(self, layer: int) -> str:
+        """The name of a layer's feed-forward sublayer: ``"ffn"`` or ``"experts"``."""
+        return "experts" if f"blocks.{layer}.experts.out" in self.places else "ffn"
+
+    def norm_behind(self, layer: int, kind: str) -> nn.Module | None:
+        """The norm that a sublayer's output passes before it is added to the stream (a sandwich's second, a reordered block's only one)."""
+        block = self.blocks_theirs[layer]
+        # "post_attention_layernorm" stands before the feed-forward in most families, and behind attention only beside one behind the feed-forward.
+        pairs = (("post_attention_layernorm", "post_feedforward_layernorm"), ("post_self_attn_layernorm", "post_mlp_layernorm"))
+        for names in pairs:
+            if all(_find(block, n) is not None for n in names):
+                return _find(block, names[kind != "attn"])
+        return None
 
     def n_heads(self, layer: int) -> int:
         """Query heads of a layer."""
@@ -121,7 +140,7 @@ class Foreign(nn.Module):
                 ("attn.q", _place(block, sites.Q, QUERY, True, heads=h)),
                 ("attn.k", _place(block, sites.K, KEY, True, heads=g)),
                 ("attn.v", _place(block, sites.V, VALUE, True, heads=g)),
-                *_joined(block, h, g, k),
+                *([] if hasattr(self.config, "multi_query") else _joined(block, h, g, k)),  # GPTBigCode cuts the same projection in other ways
                 ("attn.z", _place(block, sites.Z, OUT, False, heads=h)),
                 ("attn.out", _place(block, sites.ATTN_OUT, OUT, True)),
             ]
@@ -158,8 +177,12 @@ class Foreign(nn.Module):
     ) -> Tensor:
         """Logits [b t v] (the last stream, where there is no read-out over tokens), as their own call gives them."""
         given = tokens if tokens is not None else inputs_embeds
-        if given is None:
-            raise InputError("Neither tokens nor inputs_embeds were given: a model reads one of them.")
+        if given is None or (tokens is not None and inputs_embeds is not None):
+            which = "Neither tokens nor" if given is None else "Both tokens and"
+            raise InputError(f"{which} inputs_embeds were given: a model reads one of them.")
+        if not isinstance(given, Tensor) or given.ndim != (2 if tokens is not None else 3):
+            shape = f"has shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"is {described(type(given))}"
+            raise InputError(f"What is read {shape}, but a model reads tokens [batch, position], or inputs_embeds [batch, position, d_model].")
         most = getattr(self.config, "n_positions", None) or (
             None if hasattr(self.config, "rope_parameters") else getattr(self.config, "max_position_embeddings", None)
         )
@@ -173,10 +196,11 @@ class Foreign(nn.Module):
             if tap is not None:
                 self.check(tap)
                 tap.begin(path, torch.arange(given.shape[1], device=given.device), None if lengths is None else torch.as_tensor(lengths))
-                self._watch(tap, path, hooks)
+                self._watch(tap, path, tuple(given.shape[:2]), hooks)
                 if self._wants_patterns(tap):
                     options["output_attentions"] = True
-            out = self.model(input_ids=tokens, inputs_embeds=inputs_embeds, **options)
+            # A head that is none over tokens (classes, say) is left out: what is looked at is the last stream.
+            out = (self.model if self.reads_tokens else self.base)(input_ids=tokens, inputs_embeds=inputs_embeds, **options)
         if tap is not None and options.get("output_attentions"):
             for i, pattern in enumerate(out.attentions):
                 tap.offer(_at(path, f"blocks.{i}.attn.pattern"), lambda heads, a=pattern: a if heads is None else a[:, list(heads)])  # type: ignore[misc]
@@ -245,13 +269,13 @@ class Foreign(nn.Module):
             raise SiteError(f"Attention weights of this {self.name} can be read, but not changed, from outside: open its checkpoint with gf.load(folder).")
         return self._shows_patterns() and any(p.may_meet(path) for p in tap.patterns() for path in paths)
 
-    def _watch(self, tap: Tap, root: str, hooks: ExitStack) -> None:
+    def _watch(self, tap: Tap, root: str, rows: tuple[int, ...], hooks: ExitStack) -> None:
         """A hook at every border that a pattern of the tap meets, for the length of one call."""
         patterns = tap.patterns()
         for path, place in self.places.items():
             if patterns and not any(p.may_meet(path) for p in patterns):
                 continue
-            see = _seer(tap, _at(root, path), place)
+            see = _seer(tap, _at(root, path), place, rows)
             if place.after:
                 handle = place.module.register_forward_hook(_after(see))
             else:
@@ -263,16 +287,18 @@ def _at(root: str, path: str) -> str:
     return f"{root}.{path}" if root else path
 
 
-def _seer(tap: Tap, path: str, place: Place) -> Callable[[Tensor], Tensor]:
-    """What a tap makes of the whole value at a border, of which the site may be a part."""
+def _seer(tap: Tap, path: str, place: Place, rows: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """What a tap makes of the whole value at a border, of which the site may be a part. ``rows``: (b, t)."""
 
     def see(x: Tensor) -> Tensor:
         value = x if place.part is None else x[..., place.part[0] : place.part[1]]
-        split = value if place.heads is None else value.unflatten(-1, (place.heads, -1))
+        # Some families hand all rows to their feed-forward as one (OPT); a copy is seen, for some add to a value in its place later (Falcon).
+        split = (value.unflatten(0, rows) if value.ndim == 2 and len(value) == rows[0] * rows[1] else value).clone()
+        split = split if place.heads is None else split.unflatten(-1, (place.heads, -1))
         new = tap.visit(path, split)
         if new is split:
             return x
-        new = new if place.heads is None else new.flatten(-2)
+        new = (new if place.heads is None else new.flatten(-2)).reshape(value.shape)
         return new if place.part is None else torch.cat([x[..., : place.part[0]], new, x[..., place.part[1] :]], -1)
 
     return see

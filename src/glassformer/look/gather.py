@@ -27,7 +27,7 @@ from torch import Tensor
 from glassformer.core.errors import InputError, TokenizerError
 from glassformer.core.flow import Pass
 from glassformer.core.modes import evaluating
-from glassformer.core.tap import Record
+from glassformer.core.tap import Record, Tap
 from glassformer.models import Encoder, Transformer
 from glassformer.parts.readout import LanguageModel
 
@@ -123,11 +123,11 @@ class Inside:
         return [head_figures(p, self.ids) for p in self.patterns]
 
 
-def gather(model: Any, tokenizer: Any, text: str, *, name: str | None = None, top: int = 5, most_tokens: int = MOST_TOKENS) -> Inside:
+def gather(model: Any, tokenizer: Any, text: str, *, name: str | None = None, top: int = 5, most_tokens: int = MOST_TOKENS, tap: Tap | None = None) -> Inside:
     """Run ``model`` once on ``text`` and keep patterns, lens and norms.
 
     The model runs without dropout and without gradients, and is left as it was. ``name`` is
-    shown as the model's name; ``top`` tokens are kept per lens cell.
+    shown as the model's name; ``top`` tokens are kept per lens cell. ``tap``: edits that hold meanwhile.
 
     Raises :class:`InputError` for a text without tokens or of more than ``most_tokens`` tokens, for
     a model that reads two texts, and for ids that the model's vocabulary does not hold.
@@ -139,7 +139,7 @@ def gather(model: Any, tokenizer: Any, text: str, *, name: str | None = None, to
             f"The tokenizer gave token id {max(ids)}, but the model's vocabulary ends at {card.vocab_size - 1}: "
             "use the tokenizer that was saved with this model."
         )
-    record, logits = _run(model, ids)
+    record, logits = _run(model, ids, tap)
     layers = range(card.layers)
     pre = [_rows(record[f"blocks.{i}.resid_pre"]) for i in layers]
     streams = [*pre, _rows(record[f"blocks.{card.layers - 1}.resid_post"])]
@@ -198,7 +198,7 @@ def _card(model: Any, name: str | None) -> Card:
 
 
 @torch.no_grad()
-def _run(model: Any, ids: Sequence[int]) -> tuple[Record, Tensor]:
+def _run(model: Any, ids: Sequence[int], tap: Tap | None) -> tuple[Record, Tensor]:
     known = {site.path for site in model.sites()}
     wanted = ("attn.pattern", "attn.scores[0]", "resid_pre", "resid_post", "attn.out", "ffn.out", "experts.out")
     # One head's scores say where they are minus infinity: the mask of all heads of the layer.
@@ -206,7 +206,7 @@ def _run(model: Any, ids: Sequence[int]) -> tuple[Record, Tensor]:
     record = Record(*(f"blocks.*.{site}" for site in wanted if any(path.endswith(f".{site.removesuffix('[0]')}") for path in known)))
     device = next(model.parameters()).device
     with evaluating(model):
-        logits = model(torch.tensor([list(ids)], device=device), tap=record)
+        logits = model(torch.tensor([list(ids)], device=device), tap=record if tap is None else tap | record)
     return record, logits
 
 

@@ -89,8 +89,10 @@ def integrated_gradients(
     for name, given in (("steps", steps), ("most", most), ("batch", batch)):
         if isinstance(given, bool) or not isinstance(given, int) or given < 1:
             raise InputError(f"{name}={given!r} is a number of gradients: a whole number of at least 1.")
-    if not isinstance(tolerance, int | float) or isinstance(tolerance, bool) or tolerance <= 0:
+    if not isinstance(tolerance, int | float) or isinstance(tolerance, bool) or not tolerance > 0:
         raise InputError(f"tolerance={tolerance!r} is the error that is allowed, as a part of the difference of the outputs: a number above 0, such as 1e-3.")
+    if most < steps:
+        raise InputError(f"most={most} gradients are allowed, but steps={steps} are made at least: give most={steps} or more, or fewer steps.")
     row, ends = s.position(positions), _embeds(s)
     starts = _baseline(s, baseline, ends)
     asked = _ask(s, target, row, ends)
@@ -174,11 +176,22 @@ def _gradients(s: Subject, embeds: list[Tensor], asked: _Asked) -> tuple[Tensor,
     """The numbers [b] and their gradients."""
     leaves = [e.detach().requires_grad_() for e in embeds]
     with torch.enable_grad(), evaluating(s.model):
-        outputs = asked.of(_forward(s, leaves, asked.keep))
+        outputs = _differentiable(asked.of(_forward(s, leaves, asked.keep)), asked)
         return outputs.detach(), torch.autograd.grad(outputs.sum(), leaves)
 
 
+def _differentiable(outputs: Tensor, asked: _Asked) -> Tensor:
+    """The numbers themselves; raises :class:`InputError` where no gradient leads back from them."""
+    if not outputs.requires_grad:
+        raise InputError(
+            f"The target ({asked.label}) has no gradient: what it returns is constant, a whole number, or detached; return a smooth function of the output."
+        )
+    return outputs
+
+
 def _at_site(s: Subject, site: str, target: Any, row: int) -> SiteAttribution:
+    if not isinstance(site, str):
+        raise InputError(f"site={site!r} is no name of a site: give one as text, such as 'blocks.0.attn.z'.")
     full = s.path(site)
     info = next((i for i in s.model.sites() if i.path == full), None)
     if info is None:
@@ -187,8 +200,10 @@ def _at_site(s: Subject, site: str, target: Any, row: int) -> SiteAttribution:
     asked = _ask(s, target, row, _embeds(s) if isinstance(s.stack, TransformerModel) else [])
     with torch.enable_grad(), evaluating(s.model):
         keep = {} if asked.keep is None else {"keep": torch.tensor([asked.keep], device=s.device)}
-        output = asked.of(s.model(*s.inputs, tap=record, **keep))
+        output = _differentiable(asked.of(s.model(*s.inputs, tap=record, **keep)), asked)
         value = record[full]
+        if not value.is_floating_point():
+            raise InputError(f"{site!r} holds whole numbers ({value.dtype}), which have no gradient: name a site of continuous values.")
         grad = torch.autograd.grad(output.sum(), value, allow_unused=True)[0]
     product = torch.zeros_like(value) if grad is None else value.detach() * grad
     axes = info.axes.split()
@@ -216,7 +231,8 @@ def _baseline(s: Subject, given: Any, ends: list[Tensor]) -> list[Tensor]:
     ids: list[Any] = [given] * len(s) if one else list(given) if isinstance(given, Sequence | Tensor) else [None]
     if len(ids) != len(s):
         raise InputError(f"The baseline has {len(ids)} ids, but the text has {len(s)} tokens: a baseline holds one id for each, or is a single id for all.")
-    tokens = torch.tensor([[s.token(i.item() if isinstance(i, Tensor) else i) for i in ids]], device=s.device)
+    plain: list[Any] = [i.item() if isinstance(i, Tensor) else i for i in ids]
+    tokens = torch.tensor([[s.token(i) for i in plain]], device=s.device)
     with torch.no_grad():
         rows = s.stack.embed.rows(tokens)
         if len(ends) == 1:
@@ -237,7 +253,7 @@ class _Line:
 
     def integrate(self, steps: int, most: int, tolerance: float) -> None:
         """Halve the worst intervals until their errors sum to less than ``tolerance`` of the difference."""
-        n = -(-steps // NODES)
+        n = -(-steps // NODES)  # whole intervals: at most 7 more than steps
         self.add([(i / n, (i + 1) / n) for i in range(n)])
         whole, size = abs(self.output(1.0) - self.output(0.0)), max(abs(self.output(1.0)), abs(self.output(0.0)))
         allowed = tolerance * max(whole, 1e-3 * size)

@@ -45,6 +45,8 @@ def read_index(
     """
     letters, names = axes.split(), axis_names(axes)
     asked: list[Index | None] = [None] * len(letters)
+    if where is not None and not isinstance(where, str):
+        raise InputError(f"where={where!r} is no text: write a number or a range for each axis, such as '3, 0:4, :'.")
     if where is not None:
         parts = [p.strip() for p in where.split(",")] if where.strip() else []
         if len(parts) > len(letters):
@@ -88,7 +90,7 @@ def _places(name: str, letter: str, n: int, index: Index, word: Callable[[str, s
     if isinstance(index, int) and not isinstance(index, bool):
         return _checked(name, letter, n, index)
     if isinstance(index, Sequence) and index and all(isinstance(i, int) and not isinstance(i, bool) for i in index):
-        return [_checked(name, letter, n, i) for i in index]
+        return [_checked(name, letter, n, int(i)) for i in index]
     raise InputError(f"{NAMES[letter]}={index!r} of {name} is no index: give a number, a slice, or a list of numbers.")
 
 

@@ -102,7 +102,7 @@ class Ending:
                 "v",
                 (v,),
                 (at,),
-                lambda _, n=n: self.drawn[n].logits[0],
+                lambda _, n=n: self.drawn[n].logits[0],  # type: ignore[misc]
                 dtype="float32",
                 module=(self, n),
             )

@@ -147,7 +147,7 @@ class Plan:
         for n, (short, kind, title, formula, width, fn) in enumerate(before):
             name = "embed" if n == len(before) - 1 else f"embed.{short}"
             axes = "t d" if width == self.d else "t w"
-            x = self.add(name, kind, title, formula, axes, (t, width), (x,), lambda pick, x=x, fn=fn: fn(self.of(x)))
+            x = self.add(name, kind, title, formula, axes, (t, width), (x,), lambda pick, x=x, fn=fn: fn(self.of(x)))  # type: ignore[misc]
         normed, lifts = not isinstance(e.norm, NoNormLayer), not isinstance(e.lift_sum, nn.Identity)
         after = [k for k, on in (("sum", spec.position.adds), ("normed", normed), ("lifted_sum", lifts)) if on]
         names = {k: f"embed.{k}" for k in after}
@@ -166,14 +166,21 @@ class Plan:
                 lambda _: stack.position.add(half.index, e.look_up(half.tokens)),
             )
             x = self.add(
-                names["sum"], "sum", "add position to token", "x = embed + pos_embed", axes, (t, ds), (x, place), lambda _, x=x: self.of(x) + self.of(place)
+                names["sum"],
+                "sum",
+                "add position to token",
+                "x = embed + pos_embed",
+                axes,
+                (t, ds),
+                (x, place),
+                lambda _, x=x: self.of(x) + self.of(place),  # type: ignore[misc]
             )
         if "normed" in names:
             x = self.norm("embed.norm", e.norm, x, names["normed"])
         if "lifted_sum" in names:
             formula = linear("x", "W_lift", "x", e.lift_sum)
             lifted = names["lifted_sum"]
-            x = self.add(lifted, "map", "lift the finished sum to the stream's width", formula, "t d", (t, self.d), (x,), lambda _, x=x: e.lift_sum(self.of(x)))
+            x = self.add(lifted, "map", "lift the finished sum to the stream's width", formula, "t d", (t, self.d), (x,), lambda _, x=x: e.lift_sum(self.of(x)))  # type: ignore[misc]
         if not after and len(stack.blocks):
             self.aliases[f"{self.prefix}blocks.0.resid_pre"] = x
         return x
@@ -258,7 +265,7 @@ class Plan:
             added = f"{root}{site}_sum" if after else root + site
             word = {"attn": "attention", "cross": "cross-attention"}.get(name, "the feed-forward layer")
             formula = f"x = {self._short(x)} + {self._short(y)}"
-            compute: Compute = (lambda _, x=x, y=y: self.of(x) + self.of(y)) if after else self.site(i, site)
+            compute: Compute = (lambda _, x=x, y=y: self.of(x) + self.of(y)) if after else self.site(i, site)  # type: ignore[misc]
             x = self.add(added, "residual", f"add what {word} gives to the stream", formula, "t d", (self.t, self.d), (x, y), compute)
             if after:
                 x = self.norm(root + after, getattr(block, after), x, root + site, self.site(i, site))
@@ -375,8 +382,10 @@ class Plan:
             answer,
         )
         if layer.shared is None:
-            formula, used = "out = Σ_c w ⊙ answers", (weights, answers)
+            used: tuple[str, ...] = (weights, answers)
+            formula = "out = Σ_c w ⊙ answers"
         else:
             self.aliases[f"{self.prefix}{root}shared.in"] = x
-            formula, used = "out = Σ_c w ⊙ answers + shared.out", (weights, answers, self.feedforward(i, "experts.shared", layer.shared, x))
+            used = (weights, answers, self.feedforward(i, "experts.shared", layer.shared, x))
+            formula = "out = Σ_c w ⊙ answers + shared.out"
         return self.add(root + "out", "ffn.out", "weigh the answers", formula, "t d", (t, self.d), used, self.site(i, "experts.out"))

@@ -163,7 +163,7 @@ class Journey(Result):
         return len(self.steps)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._way.steps or name in self._way.aliases
+        return any(n in self._way.steps or n in self._way.aliases for n in (name, f"{self._way.subject.prefix}{name}"))
 
     @property
     def shown(self) -> tuple[JourneyStep, ...]:
@@ -178,7 +178,7 @@ class Journey(Result):
     @property
     def next(self) -> int | None:
         """The token that is picked at the position; None where the model predicts none."""
-        return int(self.values("next")) if "next" in self or f"{self._way.subject.prefix}next" in self else None
+        return int(self.values("next")) if "next" in self else None
 
     # Numbers on demand
 

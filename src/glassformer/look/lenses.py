@@ -19,15 +19,17 @@ import torch
 from torch import Tensor
 
 from glassformer.core.errors import InputError
+from glassformer.core.fields import described
 from glassformer.core.flow import Pass
 from glassformer.core.numerics import wide
-from glassformer.core.tap import Edit, Record
+from glassformer.core.tap import Edit, Record, Tap
 from glassformer.models.transformer import TransformerModel
 from glassformer.parts.norm import LayerNormLayer, NoNormLayer, RMSNormLayer
 from glassformer.parts.wiring import SequentialBlock
 
 from .figure import Theme, heatmap, lines
 from .result import Cell, Grid, Result
+from .shown import shown
 from .subject import Positions, Subject, Text, check_reads_tokens, choose, feedforward_of, read, with_weights
 
 if TYPE_CHECKING:
@@ -99,6 +101,9 @@ class LogitLens(Result):
     def best(self, row: int | str = -1, position: int = -1) -> list[tuple[str, float]]:
         """The most probable tokens at a depth (number or name of the row) and one of the asked positions, with their probabilities."""
         r = self.rows.index(choose(row, self.rows, "depth of this lens")) if isinstance(row, str) else row
+        for what, i, n in (("depths", r, len(self.rows)), ("asked positions", position, len(self.positions))):
+            if isinstance(i, bool) or not isinstance(i, int) or not -n <= i < n:
+                raise InputError(f"This lens has {n} {what}, counted from 0, but {i!r} was asked for.")
         return [(self.vocabulary[int(i)], float(p)) for i, p in zip(self.ids[r, position], self.p[r, position], strict=True)]
 
     def rank(self, word: int | str) -> Tensor:
@@ -111,6 +116,8 @@ class LogitLens(Result):
 
     def _word(self, word: int | str) -> int:
         known: Sequence[Any] = self.word_ids if isinstance(word, int) else self.words
+        if isinstance(word, str) and word not in known:
+            word = shown(word)  # as it stands in the text: " man"
         if word not in known:
             raise InputError(f"{word!r} was not followed: name it in words=; followed are {', '.join(map(repr, known)) or 'none'}.")
         return known.index(word)
@@ -148,6 +155,8 @@ class LogitLens(Result):
                 cells += [] if self.target_value is None else [digits(self.target_value[i, j])]
                 rows.append(tuple(cells))
         note = "Entropy and KL in bits. Rank of choice: of the token that the model's output holds most probable at that position; 1 is first."
+        if self.norm == "final":
+            note += "\nWhat is added is no distribution: entropy, KL and p are those of its soft-max, as if nothing else were added."
         return Grid(tuple(columns), tuple(rows), note)
 
     def size(self) -> tuple[float, float]:
@@ -170,7 +179,8 @@ class LogitLens(Result):
         if self.words:
             named = {short(w): self.word_p[i, :, -1] for i, w in enumerate(self.words[:8])}
             at = f"position {self.positions[-1]}, {self.pieces[-1]}"
-            lines(axes[1], theme, range(len(self.rows)), named, title=f"Probability of the chosen words at {at}")
+            what = "Chosen words in the soft-max of what is added alone" if alone else "Probability of the chosen words"
+            lines(axes[1], theme, range(len(self.rows)), named, title=f"{what} at {at}")
             axes[1].set_yscale("log")  # words of very different probability stand in one figure
             axes[1].set_xticks(range(len(self.rows)), self.rows, rotation=0 if len(self.rows) < 8 else 45)
 
@@ -190,6 +200,7 @@ def logit_lens(
     keep_logits: bool = False,
     tokenizer: Tokenizer | None = None,
     source: Text | None = None,
+    tap: Tap | None = None,
 ) -> LogitLens:
     """Read every depth as the model reads its last: ``logits_r = readout(final_norm(h_r))``.
 
@@ -202,15 +213,16 @@ def logit_lens(
     ``words``: tokens (ids, or texts of one token) whose rank and probability are followed. ``target``: a token or a pair, whose logit or difference is.
     ``tuned``: a :class:`TunedLens` whose maps are applied before the read-out. ``positions``: None means all. In an encoder each position is read as the
     masked-token head reads it; in an encoder-decoder the decoder is looked at.
+    ``tap``: edits that hold meanwhile (the reading itself is not edited).
 
     Raises :class:`InputError` for a model without scores over tokens, a kind of sublayer that it has not, and ``norm="final"`` where a part of the stream
     does not reach the logits by a linear map. Source: nostalgebraist, "interpreting GPT: the logit lens" (2020).
     """
-    s = read(model, text, tokenizer, source=source)
+    s = read(model, text, tokenizer, source=source, tap=tap)
     check_reads_tokens(s.stack, "A lens")
     choose(of, OF, "stream or sublayer that a lens reads")
     choose(norm, NORMS, "norm of a lens")
-    if not isinstance(top, int) or top < 1:
+    if isinstance(top, bool) or not isinstance(top, int) or top < 1:
         raise InputError(f"top={top!r}: at least 1 token is kept at each place.")
     streams = of.startswith("resid")
     if streams and norm == "final":
@@ -220,7 +232,13 @@ def logit_lens(
     if tuned is not None and of != "resid_post":
         raise InputError(f"A tuned lens maps the streams between blocks, but of={of!r} was asked for: use of='resid_post'.")
     if tuned is not None:
+        if not hasattr(tuned, "map"):
+            raise InputError(
+                f"tuned= is a TunedLens, but {described(type(tuned))} was given: load_tuned_lens(folder) opens one, tuned_lens(model, texts) trains one."
+            )
         tuned.check(s.model)
+    if not isinstance(words, int | str) and not (hasattr(words, "__iter__") and hasattr(words, "__len__")):
+        raise InputError(f"words= is a token (its id or its text) or a list of tokens, but {described(type(words))} was given.")
     at = s.positions(positions)
     ids = [s.token(w) for w in ([words] if isinstance(words, int | str) else words)]
     rows, hidden, logits = _streams(s, of) if streams else _added(s, of, norm)
@@ -254,14 +272,14 @@ class _Reader:
         scores = wide(scores)
         logp = self.final if own else scores.log_softmax(-1)
         p = logp.exp()
-        best = p.topk(self.top, -1)
+        best = scores.topk(self.top, -1)  # of scores: probabilities that are 0 in this precision stand in no order
         followed = torch.stack([self.choice, *(torch.full_like(self.choice, i) for i in self.ids)])  # 1+w t
         chosen = scores.gather(-1, followed.T)  # t 1+w
         rank = torch.stack([(scores > chosen[:, i : i + 1]).sum(-1) + 1 for i in range(chosen.shape[1])])
         row = {
             "ids": best.indices,
-            "p": best.values,
-            "scores": scores.gather(-1, best.indices),
+            "p": p.gather(-1, best.indices),
+            "scores": best.values,
             "entropy": entropy(logp),
             "kl": kl(self.final, logp),
             "rank": rank,
@@ -316,6 +334,8 @@ def stream_sites(s: Subject, between: bool = False) -> tuple[tuple[str, ...], tu
 def _streams(s: Subject, of: str) -> tuple[tuple[str, ...], list[Tensor], Tensor]:
     """Names, streams [t d] and the model's logits [t v]."""
     between = of == "resid_mid"
+    if between and not isinstance(s.stack, TransformerModel):
+        s.path("blocks.*.resid_mid")  # says why it cannot be reached
     if between and not s.has("blocks.*.resid_mid"):
         raise InputError("of='resid_mid' asks for the stream between attention and feed-forward, but here both read the same stream: use of='attn' or 'ffn'.")
     names, sites = stream_sites(s, between)
@@ -339,6 +359,9 @@ def _added(s: Subject, of: str, norm: str) -> tuple[tuple[str, ...], list[Tensor
 def added(s: Subject, record: Record, layer: int, kind: str) -> Tensor:
     """[b t d] What a sublayer adds to the stream: its output, behind the norm that some wirings put there."""
     y = record[s.path(f"blocks.{layer}.{kind}.out")]
+    if not isinstance(s.stack, TransformerModel):
+        behind = s.stack.norm_behind(layer, kind)
+        return y if behind is None else behind(y)
     name, _ = norms_after(s.stack, layer, kind)
     if not name:
         return y

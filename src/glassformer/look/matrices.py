@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from glassformer.core.errors import InputError
+from glassformer.core.fields import described
 from glassformer.core.modes import evaluating
 from glassformer.models.encoder_decoder import EncoderDecoderModel
 from glassformer.models.transformer import TransformerModel
@@ -54,10 +55,15 @@ class PerLayer:
         if isinstance(first, int) and not isinstance(first, bool):
             if not -self.count <= first < self.count:
                 raise InputError(f"{self.name}[{first}] was asked for, but the model has {self.count} layers, 0 to {self.count - 1}.")
-            made = self._make(first % self.count)
-            return made[tuple(rest)] if rest else made
+            return self._of(self._make(first % self.count), tuple(rest), index)
         stacked = self.stack(range(self.count)[first] if isinstance(first, slice) else None)
-        return stacked[(slice(None) if isinstance(first, slice) else first, *rest)]
+        return self._of(stacked, (slice(None) if isinstance(first, slice) else first, *rest), index)
+
+    def _of(self, made: Tensor, rest: tuple[Any, ...], index: Any) -> Tensor:
+        try:
+            return made[rest] if rest else made
+        except (IndexError, TypeError, RuntimeError) as error:
+            raise InputError(f"{self.name}[{index!r}] does not fit: its axes are l {self.axes}, of one layer {tuple(self._make(0).shape)}.") from error
 
     def stack(self, layers: Any = None) -> Tensor:
         """All layers on a new first axis. Raises :class:`InputError` if their shapes differ."""
@@ -172,7 +178,7 @@ class Weights:
     def b_U(self) -> Tensor:
         """[v]; zeros where there is none."""
         readout: Any = self._readout()
-        return torch.zeros(readout.weight.shape[0], device=readout.weight.device) if readout.bias is None else readout.bias.detach()
+        return torch.zeros_like(readout.weight[:, 0]).detach() if readout.bias is None else readout.bias.detach()
 
     def _readout(self) -> Any:
         if not isinstance(self._stack.spec.readout, LanguageModel):
@@ -298,9 +304,7 @@ def weights(model: Any, *, fold_norms: bool = False, centre_writing: bool = Fals
     The model is never changed, and every view computes the same log-probabilities up to rounding. Raises :class:`InputError` where a step
     would not be exact (post-norm, a cap on logits, weights in few bits).
     """
-    if isinstance(model, Loaded):
-        model = model.model
-    with_weights(model.decoder if isinstance(model, EncoderDecoderModel) else model, "A view of weights")
+    model = _model_of(model)
     made = None
     if fold_norms or centre_writing or centre_readout or fold_value_bias:
         made = fold(model, norms=fold_norms, writing=centre_writing, readout=centre_readout, value_bias=fold_value_bias)
@@ -309,8 +313,19 @@ def weights(model: Any, *, fold_norms: bool = False, centre_writing: bool = Fals
 
 def exact_folds(model: Any) -> dict[str, bool]:
     """Which of the switches of :func:`weights` are exact in this model."""
-    model = model.model if isinstance(model, Loaded) else model
-    return exact(with_weights(model.decoder if isinstance(model, EncoderDecoderModel) else model, "A view of weights"))
+    model = _model_of(model)
+    return exact(model.decoder if isinstance(model, EncoderDecoderModel) else model)
+
+
+def _model_of(given: Any) -> Any:
+    """The model itself of what ``gf.load`` gave. Raises :class:`InputError` for what is none, or has no numbers."""
+    model = given.model if isinstance(given, Loaded) else given
+    if not hasattr(model, "sites"):
+        raise InputError(f"A view of weights is one of a model of glassformer, but {described(type(model))} was given: gf.load(folder) gives one.")
+    stack = with_weights(model.decoder if isinstance(model, EncoderDecoderModel) else model, "A view of weights")
+    if next(stack.parameters()).device.type == "meta":
+        raise InputError("This model stands on the meta device, where matrices have shapes but no numbers: build it without device='meta', or load one.")
+    return model
 
 
 def norm_of(norm: Any, d: int) -> tuple[Tensor, Tensor]:

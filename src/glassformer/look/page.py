@@ -28,6 +28,7 @@ import numpy as np
 from glassformer.core.errors import InputError
 from glassformer.core.fields import described, typed
 from glassformer.core.files import replace, trouble
+from glassformer.core.tap import Tap
 
 from .gather import HEAD_FIGURES, Bools, Floats, Inside, gather
 from .shown import shown
@@ -41,20 +42,20 @@ _SMALLEST = np.float16(2.0**-24)
 
 
 @typed(InputError)
-def page(model: Any, tokenizer: Any, text: str, title: str | None = None) -> str:
-    """The page for ``model`` on ``text``, as a string of HTML; ``title`` is the model's name on it.
+def page(model: Any, tokenizer: Any, text: str, title: str | None = None, *, tap: Tap | None = None) -> str:
+    """The page for ``model`` on ``text``, as a string of HTML; ``title`` is the model's name on it. ``tap``: edits that hold meanwhile.
 
     Raises :class:`InputError` as :func:`gather` does, and for patterns too large for one page.
     """
     if not hasattr(tokenizer, "encode"):
         raise InputError(f"tokenizer is {described(type(tokenizer))}, but a text is read by one: gf.load(folder) has one.")
-    return render(gather(model, tokenizer, text, name=title))
+    return render(gather(model, tokenizer, text, name=title, tap=tap))
 
 
 @typed(InputError)
-def write_page(path: str | os.PathLike[str], model: Any, tokenizer: Any, text: str, title: str | None = None) -> Path:
+def write_page(path: str | os.PathLike[str], model: Any, tokenizer: Any, text: str, title: str | None = None, *, tap: Tap | None = None) -> Path:
     """Write :func:`page` to ``path``, whole or not at all; gives the path back."""
-    content, target = page(model, tokenizer, text, title), Path(path)
+    content, target = page(model, tokenizer, text, title, tap=tap), Path(path)
     if not target.parent.is_dir():
         raise InputError(f"The page cannot be written to {str(target)!r}: the folder {str(target.parent)!r} does not exist; create it or choose another.")
     try:

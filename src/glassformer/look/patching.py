@@ -11,14 +11,15 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from glassformer.core.errors import InputError
+from glassformer.core.errors import InputError, SiteError, did_you_mean
+from glassformer.core.fields import described
 from glassformer.core.tap import Record
 
 from .figure import Theme, heatmap
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 ALIASES = {"attn_out": "attn.out", "mlp_out": "ffn.out", "ffn_out": "ffn.out", "head_out": "z", "cross_out": "cross.out"}
 HEAD_SITES = ("z", "q", "k", "v", "q_rot", "k_rot", "pattern", "scores", "result")
 AXES = ("layer", "position", "head")
+OPTIONS = ("tokenizer", "source", "corrupted_source", "target", "metric", "position", "direction", "normalise", "memory", "progress")
 METRICS = ("logit_diff", "logit", "prob", "logprob", "kl")
 
 
@@ -155,8 +157,12 @@ def ask(
     keep: Sequence[str] = (),
     memory: int | None = None,
     progress: bool | None = None,
+    **unknown: Any,
 ) -> Question:
     """Read both texts, run the base, measure both ends. Raises :class:`InputError` for texts of different token counts and for equal ends."""
+    if unknown:
+        name = next(iter(unknown))
+        raise InputError(f"There is no option {name!r} here.{did_you_mean(name, OPTIONS)} Options are {', '.join(OPTIONS)}.")
     choose(direction, ("denoise", "noise"), "direction")
     if corrupted_source is None:
         a, b = read_pair(model, clean, corrupted, tokenizer, source=source)
@@ -200,9 +206,9 @@ def read_metric(s: Subject, metric: Any, target: Any, clean: Tensor, corrupted: 
         target = (a, b) if a != b else a
     chosen = s.target(target, clean)
     if metric == "prob":
-        return lambda x: x[:, 0].softmax(-1)[:, chosen.token], f"probability of {s.piece(chosen.token)}"
+        return lambda x: x[:, 0].double().softmax(-1)[:, chosen.token], f"probability of {s.piece(chosen.token)}"
     if metric == "logprob":
-        return lambda x: x[:, 0].log_softmax(-1)[:, chosen.token], f"log-probability of {s.piece(chosen.token)}"
+        return lambda x: x[:, 0].double().log_softmax(-1)[:, chosen.token], f"log-probability of {s.piece(chosen.token)}"
     return lambda x: chosen.of(x[:, 0]), f"logit {chosen.label}"
 
 
@@ -270,9 +276,11 @@ class Places:
 
 def read_by(s: Subject, site: str, by: str | Sequence[str] | None) -> tuple[str, ...]:
     """The axes of a sweep; by default heads of every layer for sites of heads, positions for all others."""
+    if not isinstance(site, str):
+        raise SiteError(f"A site is named by a text, such as 'resid_pre' or 'z', but {described(type(site))} was given.")
     if by is None:
         return ("layer", "head") if ALIASES.get(site, site).rsplit(".", 1)[-1] in HEAD_SITES else ("layer", "position")
-    given = tuple(x.strip() for x in by.split(",")) if isinstance(by, str) else tuple(by)
+    given = tuple(x.strip() for x in by.split(",")) if isinstance(by, str) else tuple(by) if isinstance(by, Iterable) else (by,)
     for name in given:
         choose(name, AXES, "axis of a sweep")
     if not given or len(set(given)) != len(given):
@@ -315,7 +323,10 @@ def activation_patch(
 def _values(q: Question, site: str, by: Any, positions: Positions, layers: Sequence[int] | None) -> tuple[Places, dict[str, Tensor]]:
     """The places of a sweep and what the other run has there."""
     s = q.base
-    chosen = list(range(s.layers)) if layers is None else [check_layer(s.stack, n) for n in layers]
+    given = range(s.layers) if layers is None else layers if isinstance(layers, Iterable) else [layers]
+    chosen = [check_layer(s.stack, n) for n in given]
+    if not chosen:
+        raise InputError(f"No layer was given: name at least one of 0 to {s.layers - 1}, or leave layers out for all.")
     axes = read_by(s, site, by)
     record, _ = q.other.run(*(site_path(s, site, n) for n in chosen))
     values = {p.removeprefix(s.prefix): v for p, v in record.values.items()}
@@ -370,6 +381,8 @@ def slopes_of(q: Question, record: Record, paths: Sequence[str]) -> dict[str, Te
     with torch.enable_grad():
         logits = q.base.run("logits", tap=record, grad=True)[1]
         score = q.score(logits[list(q.at)][None]).sum()
+        if not score.requires_grad:
+            raise InputError(f"The metric ({q.label}) gives no gradient, but an estimate is made of it: compute it from the logits by differentiable steps.")
         values = [record[p] for p in paths]
         found = torch.autograd.grad(score, values, allow_unused=True)
     return {p: torch.zeros_like(v) if g is None else g.detach() for p, v, g in zip(paths, values, found, strict=True)}

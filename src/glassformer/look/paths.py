@@ -11,7 +11,7 @@ arXiv 2310.10348) is the first-order estimate of all these edges at once: ``(oth
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from .figure import Theme, heatmap
 from .frozen import Frozen, Node, all_nodes, read_node, sites_of
 from .patching import Question, ask, correlations, slopes_of
 from .result import Grid, Result
-from .subject import Subject, Text, n_heads, read, with_weights
+from .subject import Subject, Text, check_whole, n_heads, read, with_weights
 from .sweep import Patch
 
 if TYPE_CHECKING:
@@ -120,15 +120,21 @@ def path_patch(
     """
     q, frozen = _question(model, clean, corrupted, normalise, memory, progress, question)
     s = q.base
-    given = [senders] if isinstance(senders, str | tuple) else senders
-    sending = all_nodes(s, False) if given is None else [n for g in given for n in read_node(s, g, False)]
-    ends = [receivers] if isinstance(receivers, str | tuple) else list(receivers)
-    receiving = [n for g in ends for n in read_node(s, g, True)]
+    sending = all_nodes(s, False) if senders is None else [n for g in _several(senders) for n in read_node(s, g, False)]
+    receiving = [n for g in _several(receivers) for n in read_node(s, g, True)]
     if not sending or not receiving:
         raise InputError("A path has two ends: give at least one sender and one receiver.")
+    for a in sending if senders is not None else ():
+        if not any(frozen.reaches(a, r) for r in receiving):
+            raise InputError(f"There is no path from {a.name} to {' or '.join(r.name for r in receiving)}: a sender stands before what it writes to.")
     found = _exact(frozen, [(a, receiving) for a in sending])
     names = tuple(n.name for n in receiving)
     return PathPatched(tuple(n.name for n in sending), names, q.scaled(found, normalise), q.clean, q.corrupted, q.label, q.direction, normalise)
+
+
+def _several(given: Any) -> list[Any]:
+    """One end of a path (a text, or a tuple), or several."""
+    return list(given) if isinstance(given, Iterable) and not isinstance(given, str | tuple) else [given]
 
 
 def _question(
@@ -145,6 +151,7 @@ def _exact(frozen: Frozen, edges: Sequence[tuple[Node, Sequence[Node]]]) -> Tens
     q, s = frozen.q, frozen.s
     variants: list[list[Patch]] = []
     finals: dict[int, Tensor] = {}
+    last, read = frozen.before((s.layers, 0)), [i % len(s) for i in q.at]
     with torch.no_grad(), evaluating(s.model):
         for n, (sender, receivers) in enumerate(edges):
             streams = dict(frozen.walk(sender, frozen.output(sender)))
@@ -163,9 +170,12 @@ def _exact(frozen: Frozen, edges: Sequence[tuple[Node, Sequence[Node]]]) -> Tens
                 patches.append(_patch_of(r, made[key], s))
             variants.append(patches)
     # The way straight to the scores adds to whatever the patched receivers do: their run's last stream, and the sender's change on it.
-    if finals:
-        return _with_logits(frozen, edges, variants, finals)
-    return q.sweep.run(variants, q.score, q.at, "patching paths")
+    values = _with_logits(frozen, edges, variants, finals) if finals else q.sweep.run(variants, q.score, q.at, "patching paths")
+    for n in range(len(edges)):
+        # Where nothing arrives the run is the base run: to the bit, and not to the rounding of another batch.
+        if not variants[n] and (n not in finals or torch.equal(finals[n][:, read], last[:, read])):
+            values[n] = q.corrupted if q.direction == "denoise" else q.clean
+    return values
 
 
 def _patch_of(r: Node, made: dict[str, Tensor], s: Subject) -> Patch:
@@ -274,6 +284,7 @@ def edge_attribution(
     correlation is reported.
     Other arguments as in :func:`~glassformer.look.patching.activation_patch`.
     """
+    check_whole(0, exact=exact, seed=seed)
     q, frozen = _question(model, clean, corrupted, normalise, memory, progress, question)
     s, sending, receiving = q.base, all_nodes(q.base, False), all_nodes(q.base, True)
     slopes = _slopes(frozen, receiving)

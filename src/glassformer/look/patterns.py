@@ -15,7 +15,7 @@ from torch import Tensor
 from glassformer.core.modes import evaluating
 
 from .subject import n_heads, n_layers
-from .windows import Batch, Reading, _Enough, _Watch
+from .windows import Batch, Enough, Reading, Watch
 
 AT_ONCE = 64 * 2**20
 """Bytes of float64 weights that are handed over at once; heads are taken in groups that fit (one head at least)."""
@@ -29,7 +29,7 @@ def each_pattern(reading: Reading, take: Take) -> None:
     paths = reading.sites("blocks.*.attn.pattern")
     with torch.no_grad(), evaluating(reading.model):
         for batch in reading.batches():
-            reading._pass(batch, _Handing(reading, paths, take, batch))
+            reading.watched(batch, _Handing(reading, paths, take, batch))
 
 
 def head_names(stack: object) -> tuple[str, ...]:
@@ -37,7 +37,7 @@ def head_names(stack: object) -> tuple[str, ...]:
     return tuple(f"{i}.{h}" for i in range(n_layers(stack)) for h in range(n_heads(stack, i)))
 
 
-class _Handing(_Watch):
+class _Handing(Watch):
     """Hands over patterns in groups of heads; the pass ends after the last."""
 
     def __init__(self, reading: Reading, paths: list[str], take: Take, batch: Batch):
@@ -48,19 +48,19 @@ class _Handing(_Watch):
 
     def visit(self, path: str, x: Tensor) -> Tensor:
         # A foreign model shows its patterns as finished values.
-        if path in self._left:
+        if path in self.left:
             self.offer(path, lambda heads: x if heads is None else x[:, list(heads)])
         return x
 
     def offer(self, path: str, compute: Callable[[tuple[int, ...] | None], Tensor]) -> None:
         pattern = path.removesuffix("scores") + "pattern"
-        if path.endswith(".scores") and pattern in self._left:
+        if path.endswith(".scores") and pattern in self.left:
             self._visible[pattern] = ~compute((0,))[:, 0].isneginf().cpu()  # the mask is the same for all heads of a layer
-        elif path in self._left:
+        elif path in self.left:
             self._hand(path, compute)
-            self._left.discard(path)
-            if not self._left:
-                raise _Enough
+            self.left.discard(path)
+            if not self.left:
+                raise Enough
 
     def _hand(self, path: str, compute: Callable[[tuple[int, ...] | None], Tensor]) -> None:
         b, t = self._batch.tokens.shape

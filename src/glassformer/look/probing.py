@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from .features import PER, Examples, examples_of
 from .figure import Theme, dress, plain_text
 from .fitting import folds_of, half_width, predicted, scores_by_fold
 from .result import Cell, Grid, Result
-from .subject import choose
+from .subject import check_whole, choose
 from .windows import Reading
 
 if TYPE_CHECKING:
@@ -140,13 +141,11 @@ def probe(
     """
     choose(kind, KINDS, "kind of probe")
     choose(per, PER, "place of labels")
+    check_folds(folds)
+    check_whole(0, seed=seed)
     reading = Reading(model, texts, tokenizer, source=source, context=context)
     pool = choose(pool or ("last" if reading.subject.causal else "mean"), POOLS, "way to make one vector of a text")
-    patterns = [site] if isinstance(site, str) else list(site)
-    paths = list(dict.fromkeys(path for pattern in patterns for path in reading.sites(pattern)))
-    order = {s.path: i for i, s in enumerate(reading.model.sites())}
-    paths.sort(key=order.__getitem__)
-    check_per_token(reading, paths)
+    paths = reading.vector_sites(site)
     got = examples_of(reading, paths, labels, per, pool)
     y, classes = _encoded(got.labels)
     check_folds(folds, len(got.groups.unique()))
@@ -170,27 +169,19 @@ def probe(
     return Probes(names, torch.stack(accuracy), torch.stack(controls), majority, classes, torch.stack(confusion), kind, per, len(y), len(got.groups.unique()))
 
 
-def check_per_token(reading: Reading, paths: Sequence[str]) -> None:
-    """Raise :class:`InputError` for a site that has not one vector for each token."""
-    axes = {s.path: s.axes.split() for s in reading.model.sites()}
-    for path in paths:
-        if axes[path][0] != "b" or len(axes[path]) < 3 or axes[path][1] not in ("t", "s"):
-            raise InputError(
-                f"{reading.short(path)!r} has the axes {' '.join(axes[path])!r}, but a probe reads one vector for each token: choose a site b t d."
-            )
-
-
-def check_folds(folds: Any, texts: int) -> None:
-    """Raise :class:`InputError` for folds that the texts cannot fill."""
+def check_folds(folds: Any, texts: int | None = None) -> None:
+    """Raise :class:`InputError` for what is no number of folds, or more than the texts can fill."""
     if isinstance(folds, bool) or not isinstance(folds, int) or folds < 2:
         raise InputError(f"folds={folds!r}: a probe is fitted on some texts and tested on others, in at least 2 folds.")
-    if texts < max(folds, 3):
+    if texts is not None and texts < max(folds, 3):
         raise InputError(f"{folds} folds need at least {max(folds, 3)} different texts, but there are {texts}: give more texts or fewer folds.")
 
 
 def _encoded(labels: list[Any]) -> tuple[Tensor, tuple[str, ...]]:
     """Labels as class numbers with the classes' names, or as float32 with none."""
-    labels = [label.item() if isinstance(label, Tensor) else label for label in labels]
+    labels = [label.item() if isinstance(label, Tensor | np.generic) else label for label in labels]
+    if wrong := [label for label in labels if not isinstance(label, str | int | float)]:
+        raise InputError(f"A label is a text or a number, but {wrong[0]!r} was given; with per='token' or 'word' give a list of them for each text.")
     if any(isinstance(label, float) for label in labels):
         if wrong := [label for label in labels if isinstance(label, bool) or not isinstance(label, int | float)]:
             raise InputError(f"Some labels are numbers, but {wrong[0]!r} is none: give numbers throughout, or texts throughout.")

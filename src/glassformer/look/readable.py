@@ -1,6 +1,7 @@
 """Probes that need no labels: which token stood k places back, at which place a token stands, how long its vector is.
 
-Each is a ridge regression in closed form, fitted on some windows of the texts and measured on the others.
+Each is a ridge regression in closed form, fitted on some windows of the texts and measured on the others. Windows of equal content go together:
+what is repeated in the texts is not seen in fitting and then asked about.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from glassformer.core.errors import InputError
 from glassformer.text import Tokenizer
 
 from .figure import Theme, dress, heatmap, lines
-from .fitting import RIDGE, Ridge, Standard, folds_of, half_width, splits
-from .probing import check_folds, check_per_token, draw_by_site
+from .fitting import RIDGE, Ridge, Standard, folds_of, half_width, scores_by_fold, splits
+from .probing import check_folds, draw_by_site
 from .result import Cell, Grid, Result
-from .subject import choose
+from .subject import check_whole, choose
 from .vectors import table_of
 from .windows import Batch, Reading, Texts
 
@@ -34,12 +35,13 @@ CONTEXT = 64
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """Vectors of every token by path [n d], and each token's window, place in it, and id [n]."""
+    """Vectors of every token by path [n d], and each token's window, place in it, and id [n]. ``group`` [n]: one for all windows of equal content."""
 
     x: dict[str, Tensor]
     window: Tensor
     place: Tensor
     ids: Tensor
+    group: Tensor
 
 
 def _rows(reading: Reading, paths: Sequence[str], folds: int) -> _Rows:
@@ -47,6 +49,7 @@ def _rows(reading: Reading, paths: Sequence[str], folds: int) -> _Rows:
     window: list[Tensor] = []
     place: list[Tensor] = []
     ids: list[Tensor] = []
+    content: list[tuple[int, ...]] = []
 
     def look(path: str, values: Tensor, batch: Batch) -> None:
         if values.shape[:2] != batch.tokens.shape:
@@ -57,6 +60,7 @@ def _rows(reading: Reading, paths: Sequence[str], folds: int) -> _Rows:
             real[row, len(w.ids) - w.after :] = False
         x[path].append(values.flatten(2)[real].float().cpu())
         if path == paths[0]:
+            content.extend(w.ids[w.before : len(w.ids) - w.after] for w in batch.windows)
             rows, at = real.nonzero(as_tuple=True)
             before = torch.tensor([w.before for w in batch.windows], device=rows.device)
             window.append((rows + batch.number).cpu())
@@ -64,19 +68,29 @@ def _rows(reading: Reading, paths: Sequence[str], folds: int) -> _Rows:
             ids.append(batch.tokens[real].cpu())
 
     reading.run(paths, look)
-    made = _Rows({p: torch.cat(parts) for p, parts in x.items()}, torch.cat(window), torch.cat(place), torch.cat(ids))
-    n = len(made.window.unique())
+    windows = torch.cat(window)
+    made = _Rows({p: torch.cat(parts) for p, parts in x.items()}, windows, torch.cat(place), torch.cat(ids), _groups(content)[windows])
+    n = len(made.group.unique())
     if n < max(folds, 3):
         raise InputError(
-            f"{folds} folds need at least {max(folds, 3)} windows, but the texts make {n} of {reading.context} tokens: give more text, or a smaller context."
+            f"{folds} folds need at least {max(folds, 3)} different windows, but the texts make {n} of {reading.context} tokens: "
+            "give more text, or a smaller context."
         )
     return made
 
 
-def _ridge(x: Tensor, y: Tensor, fold: Tensor, window: Tensor, seed: int, parts: Sequence[slice]) -> Tensor:
+def _groups(content: Sequence[tuple[int, ...]]) -> Tensor:
+    """A number for every window [w], the same for equal content. The last, which may be cut short, also belongs to an earlier one that begins with it."""
+    last = content[-1]
+    begun = next((c for c in content[:-1] if c[: len(last)] == last), last)
+    number: dict[tuple[int, ...], int] = {}
+    return torch.tensor([number.setdefault(c, len(number)) for c in (*content[:-1], begun)])
+
+
+def _ridge(x: Tensor, y: Tensor, fold: Tensor, group: Tensor, seed: int, parts: Sequence[slice]) -> Tensor:
     """Held-out predictions of ``y`` [n m]; the strength is chosen for each of the ``parts`` of the columns by itself."""
     out = torch.empty_like(y)
-    for train, test, fit, held in splits(fold, window, seed):
+    for train, test, fit, held in splits(fold, group, seed):
         best = [RIDGE[0]] * len(parts)
         if len(fit) and len(held):
             norm = Standard(x[fit])
@@ -97,21 +111,9 @@ def _by_fold(right: Tensor, fold: Tensor) -> Tensor:
     return torch.stack([right[fold == f].double().mean() for f in range(int(fold.max()) + 1)]).float()
 
 
-def _r2(guess: Tensor, y: Tensor, fold: Tensor) -> Tensor:
-    found = []
-    for f in range(int(fold.max()) + 1):
-        test = fold == f
-        naive = (y[test] - y[~test].mean()).double().square().sum().clamp_min(1e-300)
-        found.append(1 - float((guess[test] - y[test]).double().square().sum() / naive))
-    return torch.tensor(found)
-
-
-def _paths(reading: Reading, site: str | Sequence[str]) -> list[str]:
-    patterns = [site] if isinstance(site, str) else list(site)
-    order = {s.path: i for i, s in enumerate(reading.model.sites())}
-    paths = sorted({path for pattern in patterns for path in reading.sites(pattern)}, key=order.__getitem__)
-    check_per_token(reading, paths)
-    return paths
+def _r2(x: Tensor, y: Tensor, fold: Tensor, group: Tensor, seed: int) -> Tensor:
+    """Held-out ``R^2`` by fold [f] of one number [n]."""
+    return scores_by_fold(_ridge(x, y[:, None], fold, group, seed, [slice(0, 1)])[:, 0], y, fold, 0)
 
 
 # Tokens back
@@ -175,10 +177,13 @@ def probe_position_back(
 
     The probe maps a vector to the embedding of the token back there (centred, at length one) by ridge regression; the answer is the token of the nearest
     embedding by cosine among all that occur in the texts. ``texts`` None: tokens drawn at random, where nothing but memory can tell what stood where.
-    All ``k`` are measured at the same places (those that have so many before them). Windows are parted into folds.
+    All ``k`` are measured at the same places (those that have so many before them). Windows are parted into folds, equal ones together.
     Raises :class:`InputError` for places back that no window has, and too few windows.
     """
-    ks = (back,) if isinstance(back, int) else tuple(back)
+    ks = tuple(back) if isinstance(back, Sequence) else (back,)
+    check_whole(0, seed=seed)
+    check_whole(1, context=context, **({} if tokens is None else {"tokens": tokens}))
+    check_folds(folds)
     if not ks or any(isinstance(k, bool) or not isinstance(k, int) or k < 0 for k in ks):
         raise InputError(f"back={back!r}: places back are whole numbers from 0 (the token itself).")
     if max(ks) >= context:
@@ -189,23 +194,22 @@ def probe_position_back(
         rows = max(20, (tokens or 10_000) // context)
         texts = usable[torch.randint(len(usable), (rows, context), generator=torch.Generator().manual_seed(seed))]
     reading = Reading(model, texts, tokenizer, source=source, context=context, tokens=tokens)
-    paths = _paths(reading, site)
-    check_folds(folds, folds + 3)
+    paths = reading.vector_sites(site)
     got = _rows(reading, paths, folds)
     far = (got.place >= max(ks)).nonzero()[:, 0]
     if not len(far):
         raise InputError(f"No window has {max(ks)} tokens before another: give longer texts, or fewer places back.")
     kinds, kind = got.ids.unique(return_inverse=True)
     vectors = F.normalize(table.vectors[kinds] - table.vectors[kinds].mean(0), dim=-1)
-    window = got.window[far]
-    check_folds(folds, len(window.unique()))
-    fold = folds_of(window, folds, seed)
+    group = got.group[far]
+    check_folds(folds, len(group.unique()))
+    fold = folds_of(group, folds, seed)
     y = torch.cat([vectors[kind[far - k]] for k in ks], 1)  # rows of a window stand one after the other, so k rows up is k places back
     w = vectors.shape[1]
     parts = [slice(i * w, (i + 1) * w) for i in range(len(ks))]
     accuracy = torch.empty(len(paths), len(ks), folds)
     for i, path in enumerate(paths):
-        guess = _ridge(got.x[path][far], y, fold, window, seed, parts)
+        guess = _ridge(got.x[path][far], y, fold, group, seed, parts)
         for j, (k, part) in enumerate(zip(ks, parts, strict=True)):
             named = torch.cat([(F.normalize(g, dim=-1) @ vectors.T).argmax(1) for g in guess[:, part].split(4096)])
             accuracy[i, j] = _by_fold(named == kind[far - k], fold)
@@ -270,24 +274,25 @@ def probe_order(
     """
     if isinstance(within, bool) or not isinstance(within, int) or within < 1:
         raise InputError(f"within={within!r}: two tokens of a pair are at least 1 apart.")
-    check_folds(folds, folds + 3)
+    check_folds(folds)
+    check_whole(0, seed=seed)
     reading = Reading(model, texts, tokenizer, source=source, context=context, tokens=tokens)
-    paths = _paths(reading, site)
+    paths = reading.vector_sites(site)
     got = _rows(reading, paths, folds)
-    fold = folds_of(got.window, folds, seed)
-    y = got.place.float()[:, None]
+    fold = folds_of(got.group, folds, seed)
+    y = got.place.float()
     if float(y.std()) == 0:
         raise InputError("Every window has one token, so there are no places to tell apart: give longer texts.")
     draw = torch.Generator().manual_seed(seed)
     second = torch.arange(len(y))
-    first = second - torch.randint(1, within + 1, (len(y),), generator=draw)
+    first = second - torch.randint(1, min(within, int(y.max())) + 1, (len(y),), generator=draw)
     real = (first >= 0) & (got.window[first.clamp_min(0)] == got.window)
     first, second = first[real], second[real]
     position, order = [], []
     for path in paths:
-        guess = _ridge(got.x[path], y, fold, got.window, seed, [slice(0, 1)])
-        position.append(_r2(guess, y, fold))
-        gap = (guess[second] - guess[first])[:, 0]
+        guess = _ridge(got.x[path], y[:, None], fold, got.group, seed, [slice(0, 1)])[:, 0]
+        position.append(scores_by_fold(guess, y, fold, 0))
+        gap = guess[second] - guess[first]
         order.append(_by_fold((gap > 0).double() + 0.5 * (gap == 0), fold[second]))
     return Order(tuple(reading.short(p) for p in paths), torch.stack(position), torch.stack(order), within, len(y))
 
@@ -321,7 +326,8 @@ class Scalar(Result):
     def draw(self, figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
         named = {"from the stream": self.stream.mean(-1).clamp_min(-0.2), "behind the norm": self.normed.mean(-1).clamp_min(-0.2)}
-        lines(axes, theme, self.layers, named, title=self.title, x_name="layer", y_name="R²")
+        what = "log length" if self.target == "norm" else "mean"
+        lines(axes, theme, self.layers, named, title=f"Reading the stream's {what} before and behind the norm", x_name="layer", y_name="R²")
         axes.set_xticks(self.layers)
 
 
@@ -345,7 +351,8 @@ def probe_norm(
     stream as it is both columns are equal. Raises :class:`InputError` for too few windows.
     """
     choose(target, ("norm", "mean"), "number of a vector")
-    check_folds(folds, folds + 3)
+    check_whole(0, skip=skip, seed=seed)
+    check_folds(folds)
     reading = Reading(model, texts, tokenizer, source=source, context=context, tokens=tokens)
     before, behind = reading.sites("blocks.*.resid_pre"), reading.sites("blocks.*.attn.in")
     paths = [p for pair in zip(before, behind, strict=True) for p in pair]
@@ -353,13 +360,13 @@ def probe_norm(
     kept = (got.place >= skip).nonzero()[:, 0]
     if not len(kept):
         raise InputError(f"skip={skip} leaves no token of windows of {reading.context}: skip fewer.")
-    window = got.window[kept]
-    check_folds(folds, len(window.unique()))
-    fold = folds_of(window, folds, seed)
+    group = got.group[kept]
+    check_folds(folds, len(group.unique()))
+    fold = folds_of(group, folds, seed)
     stream, normed = [], []
     for a, b in zip(before, behind, strict=True):
         x, z = got.x[a][kept], got.x[b][kept]
-        y = (x.norm(dim=1).clamp_min(1e-30).log() if target == "norm" else x.mean(1))[:, None]
-        stream.append(_r2(_ridge(x, y, fold, window, seed, [slice(0, 1)]), y, fold))
-        normed.append(_r2(_ridge(z, y, fold, window, seed, [slice(0, 1)]), y, fold))
+        y = x.norm(dim=1).clamp_min(1e-30).log() if target == "norm" else x.mean(1)
+        stream.append(_r2(x, y, fold, group, seed))
+        normed.append(_r2(z, y, fold, group, seed))
     return Scalar(target, tuple(range(len(before))), torch.stack(stream), torch.stack(normed), len(kept))

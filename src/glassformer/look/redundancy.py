@@ -27,7 +27,7 @@ from glassformer.text import Tokenizer
 
 from .patterns import each_pattern, head_names
 from .result import Cell, Grid, Result
-from .subject import n_heads, n_layers, read, reads_tokens
+from .subject import check_whole, n_heads, n_layers, read, reads_tokens, vocabulary
 from .windows import Batch, Reading, Texts, Window
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ POINTS = 17
 """Points of a curve."""
 AT_ONCE = 8192
 """Tokens of a batch of ablations."""
+NUMBERS = 2**24
+"""Numbers that are held at once: scores over the vocabulary of a batch of ablations, and what all heads write at a batch's chosen queries."""
 NEXT, HIDDEN, IN_PLACE = "cross-entropy of the next token", "cross-entropy of hidden tokens", "cross-entropy of tokens that are read in place"
 DRIFT = "drift of the output (1 - cosine with the whole model's)"
 
@@ -145,6 +147,7 @@ def head_redundancy(
     output's derivative by the gate, estimated along random directions. Exact: every head off alone. With two windows or more, importance comes from
     every other one and the curves from the rest. Cross-attention is left as it is. Raises :class:`InputError` for texts without two tokens.
     """
+    check_whole(0, points=points, random_orders=random_orders, seed=seed)
     if points < 2 or random_orders < 1:
         raise InputError(f"points={points} and random_orders={random_orders}: a curve has at least 2 points, and at least 1 random order is compared with.")
     reading = Reading(model, texts, tokenizer, source=source, context=context, tokens=tokens)
@@ -201,6 +204,7 @@ def _similarity(reading: Reading) -> tuple[Tensor, Tensor]:
     stack = reading.stack
     n = len(head_names(stack))
     first = [sum(n_heads(stack, i) for i in range(layer)) for layer in range(n_layers(stack))]
+    reading.at_once = max(1, min(reading.at_once, NUMBERS // (n * QUERIES)))
     distance, queries = torch.zeros(n, n, dtype=torch.float64), 0
     held: dict[int, Tensor] = {}
 
@@ -241,6 +245,7 @@ def _correlation(reading: Reading, places: Any) -> Tensor:
     if not reading.subject.has("blocks.*.attn.result"):
         return torch.full((n, n), torch.nan)  # a model that only lends its borders does not show them
     paths = reading.sites("blocks.*.attn.result")
+    reading.at_once = max(1, min(reading.at_once, NUMBERS // (n * int(reading.stack.spec.d_model))))
     product, count = torch.zeros(n, n, dtype=torch.float64), 0
     mean: Tensor | None = None
     held: list[Tensor] = []
@@ -363,9 +368,10 @@ class _Loss:
         for row, off in enumerate(sets):
             gates[row, off] = 0
         total = torch.zeros(len(sets), dtype=torch.float64)
+        wide = vocabulary(self.reading.stack) if self.scores else 1
         with evaluating(self.model):
             for w in windows:
-                step = max(1, AT_ONCE // len(w.ids))
+                step = max(1, min(AT_ONCE // len(w.ids), NUMBERS // (len(w.ids) * wide)))
                 total += torch.cat([self.of(w, gates[i : i + step]) for i in range(0, len(sets), step)])
         return total / len(windows)
 

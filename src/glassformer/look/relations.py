@@ -23,6 +23,7 @@ from glassformer.text import Tokenizer
 
 from .figure import Theme, bars, plain_text
 from .result import Cell, Grid, Result
+from .subject import check_whole
 from .vectors import Table, table_of
 from .windows import read_file
 
@@ -92,8 +93,7 @@ def analogy(
 
     ``centre`` subtracts the table's mean before. Raises :class:`InputError` for a word that is not one token.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise InputError(f"k={k!r}: at least 1 answer is asked for.")
+    check_whole(1, k=k)
     t = table_of(model, table, tokenizer, centre)
     ids = torch.tensor([[t.id(w) for w in (a, b, c)]])
     unit = t.unit()
@@ -172,6 +172,7 @@ def analogies(
     t = table_of(model, table, tokenizer, centre)
     if t.subject.tokenizer is None:
         raise InputError("Questions are words, but there is no tokenizer to read them: give tokenizer=, or what gf.load gave.")
+    check_whole(1, at_once=at_once)
     grouped = _questions(questions)
     forms: dict[str, int | None] = {}
     unit, given, asked, right = t.unit(), [], [], []
@@ -194,8 +195,12 @@ def analogies(
 
 def _questions(given: str | Path | Sequence[Sequence[str]]) -> dict[str, list[Sequence[str]]]:
     if isinstance(given, str | Path):
-        lines = [line.split() for line in read_file(Path(given)).splitlines()]
+        lines = [line.split() for line in read_file(Path(given)).split("\n")]
     else:
+        wrong = [four for four in given if isinstance(four, str) or not isinstance(four, Sequence)] if isinstance(given, Sequence) else [given]
+        wrong = wrong or [word for four in given for word in four if not isinstance(word, str)]
+        if wrong:
+            raise InputError(f"{wrong[0]!r} is no question: a question is four words, such as ('man', 'king', 'woman', 'queen').")
         lines = [list(four) for four in given]
     found: dict[str, list[Sequence[str]]] = {}
     name = "questions"
@@ -287,11 +292,15 @@ def direction_against_axis(
     if isinstance(pairs, Tensor):
         if pairs.ndim != 3 or pairs.shape[1] != 2:
             raise InputError(f"The pairs are a tensor of shape {tuple(pairs.shape)}, but two vectors for each are read: [n 2 d].")
-        both = pairs.double()
+        both = pairs.detach().cpu().double()
+        if not both.isfinite().all():
+            raise InputError("The pairs hold numbers that are not finite, so they have no directions: leave those vectors out.")
     else:
         t = table_of(model, table, tokenizer)
+        if not isinstance(pairs, Sequence):
+            raise InputError(f"pairs is {described(type(pairs))}, but a list of pairs of words is read, or a tensor [n 2 d].")
         for p in pairs:
-            if isinstance(p, str) or len(p) != 2:
+            if isinstance(p, str) or not isinstance(p, Sequence) or len(p) != 2:
                 raise InputError(f"{p!r} is no pair: give two words for each, such as ('small', 'smaller').")
         both = t.vectors[torch.tensor([[t.id(w) for w in p] for p in pairs], dtype=torch.long).reshape(-1, 2)].double()
     n, d = len(both), both.shape[-1]
@@ -299,6 +308,8 @@ def direction_against_axis(
         raise InputError(
             f"folds={folds if isinstance(folds, int) else described(type(folds))}: lines are learnt on some pairs and measured on others, in at least 2 folds."
         )
+    check_whole(1, turns=turns)
+    check_whole(0, seed=seed)
     if n < 4:
         raise InputError(f"{n} pairs were given, but a direction is learnt on some and measured on others: give at least 4, better 20.")
     draw = torch.Generator().manual_seed(seed)

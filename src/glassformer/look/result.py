@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from glassformer.core.errors import InputError
+from glassformer.core.fields import described
 from glassformer.core.files import replace, trouble
 
 from .figure import Theme, new_figure
@@ -135,19 +136,18 @@ class Result:
 <meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">\
 <title>{title}</title><style>{STYLE}</style></head><body>{body}</body></html>\n'
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the answer; the suffix says as what (.png .svg .pdf .html .json .csv). Raises :class:`InputError` with the remedy if it cannot."""
-        target = Path(path)
+    def save(self, path: str | os.PathLike[str], dark: bool = False) -> Path:
+        """Write the answer; the suffix says as what (.png .svg .pdf .html .json .csv). ``dark``: of a picture; a page follows its reader.
+
+        Raises :class:`InputError` with the remedy if it cannot.
+        """
+        target = check_place(path)
         kind = target.suffix.lower()
-        if kind not in SUFFIXES:
-            raise InputError(f"{target.name!r} ends in {kind or 'nothing'!r}, but the ending says how an answer is written: one of {', '.join(SUFFIXES)}.")
-        if not target.parent.is_dir():
-            raise InputError(f"{str(target)!r} cannot be written: the folder {str(target.parent)!r} does not exist; create it or choose another.")
         try:
             if kind in (".png", ".svg", ".pdf"):
                 draft = target.with_name(f".{target.stem}.draft{kind}")
                 try:
-                    self.plot().savefig(draft, dpi=150)
+                    self.plot(dark).savefig(draft, dpi=150)
                     draft.replace(target)
                 finally:
                     draft.unlink(missing_ok=True)
@@ -165,6 +165,19 @@ class Result:
         writer.writerow(grid.columns)
         writer.writerows(["" if c is None else c for c in row] for row in grid.rows)
         return out.getvalue()
+
+
+def check_place(path: str | os.PathLike[str]) -> Path:
+    """The file that an answer is to be written to. Raises :class:`InputError` if its ending says nothing, or its folder is not there."""
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"An answer is written to a file, but {described(type(path))} was given: name one, such as 'answer.html'.")
+    target = Path(path)
+    kind = target.suffix.lower()
+    if kind not in SUFFIXES:
+        raise InputError(f"{target.name!r} ends in {kind or 'nothing'!r}, but the ending says how an answer is written: one of {', '.join(SUFFIXES)}.")
+    if not target.parent.is_dir():
+        raise InputError(f"{str(target)!r} cannot be written: the folder {str(target.parent)!r} does not exist; create it or choose another.")
+    return target
 
 
 def written(cell: Cell) -> str:

@@ -22,7 +22,7 @@ from glassformer.text import Tokenizer
 
 from .patterns import each_pattern, head_names
 from .result import Cell, Grid, Result
-from .subject import choose, n_heads, n_layers, read_head, vocabulary
+from .subject import check_whole, choose, n_heads, n_layers, read_head, vocabulary
 from .windows import Batch, Reading, Texts
 
 if TYPE_CHECKING:
@@ -121,8 +121,8 @@ class HeadRoles(Result):
         At 0.5 or more, two roles with different targets cannot both hold on the same queries. Wider roles (same, local, positional) are named only where
         no narrower one that they contain is.
         """
-        if not 0 < threshold <= 1:
-            raise InputError(f"threshold={threshold}: it is a share of the way from an even head (0) to all weight on the target (1).")
+        if not isinstance(threshold, int | float) or not 0 < threshold <= 1:
+            raise InputError(f"threshold={threshold!r}: it is a share of the way from an even head (0) to all weight on the target (1).")
         over = self.excess >= threshold
         over[:, ROLES.index("uniform")] = self.scores[:, ROLES.index("uniform")] >= EVEN
         found: dict[str, tuple[str, ...]] = {}
@@ -227,6 +227,7 @@ def head_roles(
     and ``length``, so that no fixed distance looks like induction (Olsson et al., arXiv 2209.11895). ``source``: of an encoder-decoder, whose decoder
     is looked at (random rows have a random source). Raises :class:`InputError` for a model whose positions or vocabulary are too few to repeat anything.
     """
+    check_whole(0, repeats=repeats, length=length, seed=seed)
     if repeats < 1 or length < FEWEST:
         raise InputError(f"repeats={repeats} and length={length}: at least one row of {FEWEST} random tokens is repeated.")
     rows, first, random_source = _random_rows(model, tokenizer, source, repeats, length, seed)
@@ -254,7 +255,7 @@ def _random_rows(model: Any, tokenizer: Tokenizer | None, source: Any, repeats: 
     bare = model.model if isinstance(model, Loaded) else model
     halves = isinstance(bare, EncoderDecoderModel)
     probe = Reading(model, [[0]], tokenizer, source=[0] if halves else None)
-    before, after = probe._around
+    before, after = probe.around
     special = (
         set(probe.tokenizer.special.values()) | {i for r in probe.tokenizer.roles if (i := probe.tokenizer.role_id(r)) is not None}
         if probe.tokenizer

@@ -82,7 +82,8 @@ class _Roll(Tap):
     def _join(self, patterns: Any) -> None:
         joined: Tensor | None = None
         n = 0
-        join: Callable[..., Tensor] = {"mean": torch.add, "max": torch.maximum, "min": torch.minimum}[self.heads]
+        ways: dict[str, Callable[..., Tensor]] = {"mean": torch.add, "max": torch.maximum, "min": torch.minimum}
+        join = ways[self.heads]
         for a in patterns:
             n += 1
             joined = a if joined is None else join(joined, a)
@@ -218,6 +219,8 @@ class ValueContribution(Result):
     def agreement(self) -> Tensor:
         """Correlation of weights and lengths over all pairs of positions that see each other, by head [h]; NaN where one of them is constant."""
         seen = self.pattern.amax(0) > 0
+        if int(seen.sum()) < 2:
+            return torch.full((len(self.pattern),), torch.nan)
         return torch.stack([torch.corrcoef(torch.stack([a[seen], b[seen]]))[0, 1] for a, b in zip(self.pattern, self.norms, strict=True)])
 
     def grid(self) -> Grid:

@@ -25,11 +25,14 @@ from glassformer.weights.own import Loaded
 from .figure import Theme, dress, plain_text
 from .result import Grid, Result
 from .shown import shown
+from .subject import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MOST_LETTERS = 2000
+"""Letters of a word that BPE is followed through: its trail holds the whole word after every merge, so it grows with their square."""
 UNKNOWN_PENALTY = 10.0
 """How far below the worst piece of a Unigram vocabulary an unknown character stands (SentencePiece's constant)."""
 
@@ -90,7 +93,8 @@ class Segmentation(Result):
 
     @property
     def title(self) -> str:
-        return f"{sum(len(w.ids) for w in self.words)} tokens of {self.text!r}, by {self.kind}"
+        n = sum(len(w.ids) for w in self.words)
+        return f"{n:,} token{'' if n == 1 else 's'} of {shorten(self.text)!r}, by {self.kind}"
 
     def grid(self) -> Grid:
         rows: list[tuple[Any, ...]] = []
@@ -113,7 +117,7 @@ class Segmentation(Result):
             _draw_rows(axes, theme, word)
 
     def _drawn(self) -> Trail:
-        return max(self.words, key=lambda w: len(w.steps))
+        return max(self.words, key=lambda w: len(w.steps), default=Trail("", (), (), (), ()))
 
 
 NOTES = {
@@ -210,6 +214,10 @@ def _follower(model: Mapping[str, Any], library: Any) -> Any:
 def _merge(word: str, model: Mapping[str, Any], ranks: Mapping[tuple[str, ...], int]) -> tuple[tuple[Merge, ...], list[int], str]:
     """Byte-pair encoding of one word: O(steps * length), as short as words are."""
     vocab: Mapping[str, int] = model["vocab"]
+    if len(word) > MOST_LETTERS:
+        raise InputError(
+            f"A word of {len(word):,} letters stands in this text as the tokenizer cuts it, but at most {MOST_LETTERS:,} are followed: give less text."
+        )
     if model.get("ignore_merges") and word in vocab:
         return (), [vocab[word]], "the whole word is in the vocabulary"
     prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
@@ -364,7 +372,7 @@ def _draw_rows(axes: Axes, theme: Theme, word: Trail) -> None:
     axes.set_yticks(range(len(rows)), [r[0] for r in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(-0.3, max(sum(max(1, len(p)) + 0.15 for p in r[1]) for r in rows) + 0.2)
-    dress(axes, theme, _word(word), grid=False)
+    dress(axes, theme, shorten(_word(word)), grid=False)
     axes.set_xticks([])
 
 

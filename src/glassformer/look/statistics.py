@@ -18,14 +18,14 @@ from torch import Tensor
 
 from glassformer.core.errors import InputError, SiteError
 from glassformer.core.modes import evaluating
-from glassformer.core.tap import Record
+from glassformer.core.tap import Pattern, Record
 from glassformer.models.encoder_decoder import EncoderDecoderModel
 from glassformer.text import Tokenizer
 from glassformer.weights.own import Loaded
 
 from .corpus import Activations, _read_text
 from .figure import Theme, lines
-from .forecasting import check_sizes, dry_run, model_of
+from .forecasting import check_sizes, dry_run, model_of, patterns_of
 from .result import Grid, Result
 
 if TYPE_CHECKING:
@@ -142,12 +142,15 @@ def site_statistics(
 ) -> SiteStatistics:
     """Statistics by site of a text file (or texts), or of :class:`Activations` that were written before (``texts`` is then left out).
 
-    ``sites``: patterns of values per token (None: ``blocks.*.resid_post``, or all that were written). Nothing but running sums is kept.
+    ``sites``: patterns of values per token (None: ``blocks.*.resid_post``, or all that were written). Nothing but running sums is kept, and of a
+    text its token ids.
     Raises :class:`InputError` or :class:`SiteError` for what cannot be read.
     """
     if isinstance(model, Activations):
-        wanted = model.sites if sites is None else [sites] if isinstance(sites, str) else list(sites)
-        return _finished({site: _of_rows(model, site) for site in wanted})
+        if texts is not None or most is not None:
+            raise InputError("Activations hold a text of their own, all of which is counted: leave texts and most out.")
+        patterns = patterns_of("**" if sites is None else sites)
+        return _finished({site: _of_rows(model, site) for site in _kept(model, patterns)})
     if texts is None:
         raise InputError("Statistics are over a text: give a text file or texts, or the Activations that were written of one.")
     tokenizer = tokenizer if tokenizer is not None or not isinstance(model, Loaded) else model.tokenizer
@@ -156,7 +159,7 @@ def site_statistics(
         raise InputError("An encoder-decoder reads pairs of texts, and a corpus is one text: use its encoder, model.encoder.")
     check_sizes(net, batch, context)
     ids, _ = _read_text(texts, tokenizer, net, most)
-    patterns = ("blocks.*.resid_post",) if sites is None else (sites,) if isinstance(sites, str) else tuple(sites)
+    patterns = patterns_of("blocks.*.resid_post" if sites is None else sites)
     return _finished(_of_model(net, ids, patterns, batch, min(context, len(ids))))
 
 
@@ -178,6 +181,17 @@ class _Sums:
         self.count.index_add_(0, at, torch.ones(len(x)).double())
 
 
+def _kept(acts: Activations, patterns: tuple[str, ...]) -> list[str]:
+    """The sites on disk that the patterns meet, in the order of computation."""
+    read = [Pattern.read(p) for p in patterns]
+    for p in read:
+        if p.heads is not None:
+            raise SiteError(f"{p.text!r} picks heads, but what was written is read whole: leave the brackets out.")
+        if not any(p.meets(site) for site in acts.sites):
+            acts[p.text]  # says what there is
+    return [site for site in acts.sites if any(p.meets(site) for p in read)]
+
+
 def _of_rows(acts: Activations, site: str) -> _Sums:
     sums, at = _Sums(), 0
     for _, x in acts.batches(site):
@@ -193,7 +207,7 @@ def _of_model(model: Any, ids: list[int], patterns: tuple[str, ...], batch: int,
         if axes[:2] not in (["b", "t"], ["b", "s"]) or {"t", "s"} & set(axes[2:]) or not held[path].is_floating_point():
             raise SiteError(f"{path!r} has the axes {' '.join(axes)}, but statistics are of numbers per token (b t ...).")
     sums = {path: _Sums() for path in held}
-    tap = Record(*sums)
+    tap = Record(*patterns)  # which may pick heads
     with torch.no_grad(), evaluating(model):
         for at, tokens in _windows(ids, batch, context, next(model.parameters()).device):
             model(tokens, tap=tap)

@@ -10,14 +10,16 @@ addition (Turner et al., arXiv 2308.10248).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from glassformer.core.errors import InputError
+from glassformer.core.errors import InputError, SiteError
+from glassformer.core.fields import described
 from glassformer.core.tap import Pattern, Tap
 
 from .figure import Theme, bars
@@ -38,13 +40,21 @@ class AddVector(Tap):
     """
 
     def __init__(self, site: str, vector: Tensor, strength: float = 1.0, positions: At = None):
-        if vector.ndim not in (1, 2):
+        if not isinstance(vector, Tensor):
+            raise InputError(f"The vector is a tensor [d], or [n d], but {described(type(vector))} was given: use torch.tensor(...).")
+        if vector.ndim not in (1, 2) or not vector.is_floating_point():
             raise InputError(f"The vector has shape {tuple(vector.shape)}, but one direction [d] is added, or one for each of several positions [n d].")
-        self.pattern, self.vector, self.strength = Pattern.read(site), vector, float(strength)
+        self.pattern, self.vector, self.strength = Pattern.read(site), vector, _number(strength)
+        if (positions is not None and not isinstance(positions, int | slice | Sequence)) or isinstance(positions, str):
+            raise InputError(f"positions={positions!r}: a number (from there on), several numbers, a slice, or None for everywhere.")
         given = [positions] if isinstance(positions, int) else positions if isinstance(positions, slice) or positions is None else list(positions)
         ends = [given.start or 0, given.stop or 0] if isinstance(given, slice) else given or []
         if any(isinstance(p, bool) or not isinstance(p, int) or p < 0 for p in ends):
             raise InputError(f"positions={positions!r}: places in a row that still grows are counted from 0, not from the end.")
+        if isinstance(positions, slice) and positions.step is not None and (not isinstance(positions.step, int) or positions.step < 1):
+            raise InputError(f"positions={positions!r}: a slice goes forward, by steps of at least 1.")
+        if vector.ndim == 2 and not (positions is None or isinstance(positions, int)):
+            raise InputError(f"positions={positions!r}: the rows of the vector stand one after another, so give the first of their positions only.")
         self.chosen = positions
         self._index: dict[str, tuple[Tensor, Tensor | None]] = {}
 
@@ -145,8 +155,10 @@ def steering_vector(
     texts = [_several(g, name) for g, name in ((positive, "positive"), (negative, "negative"))]
     first = read(model, texts[0][0], tokenizer, source=source)
     check_layer(first.stack, layer)
+    if not isinstance(site, str):
+        raise SiteError(f"A site is named by a text, such as 'resid_pre', but {described(type(site))} was given.")
     name = f"{feedforward_of(first.stack, layer)}.{site[4:]}" if site.startswith("ffn.") else site
-    if isinstance(position, str) and position != "each":
+    if position != "each" and not (position is None or (isinstance(position, int) and not isinstance(position, bool))):
         raise InputError(f"position={position!r}: a number, None for the mean over all positions, or 'each' for a vector per position.")
     if position == "each" and any(len(side) > 1 for side in texts):
         raise InputError(f"A vector per position is the difference of two texts, but {len(texts[0])} and {len(texts[1])} were given: use position=-1 or None.")
@@ -171,11 +183,19 @@ def steering_vector(
 
 
 def _several(given: Any, name: str) -> list[Any]:
-    single = isinstance(given, str | Tensor) or (bool(given) and all(hasattr(i, "__index__") and not isinstance(i, str) for i in given))
-    found = [given] if single else list(given)
+    single = isinstance(given, str | Tensor) or (
+        isinstance(given, Iterable) and bool(given) and all(hasattr(i, "__index__") and not isinstance(i, str) for i in given)
+    )
+    found = [given] if single else list(given) if isinstance(given, Iterable) else [given]
     if not found:
         raise InputError(f"No {name} text was given: a direction is a difference of texts, at least one of each kind.")
     return found
+
+
+def _number(strength: Any) -> float:
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
+        raise InputError(f"A strength is a finite number, but {strength!r} was given.")
+    return float(strength)
 
 
 def _shown(texts: Sequence[Any]) -> str:
@@ -253,8 +273,14 @@ def steer(
     check_reads_tokens(s.stack, "Steering")
     if s.prefix or not s.causal:
         raise InputError("A continuation is steered, but this model continues no text: for an encoder-decoder use generate(model, source, tap=vector.tap(4)).")
+    if not isinstance(vector, SteeringVector):
+        raise InputError(f"A steering vector is added, but {described(type(vector))} was given: steering_vector(...) makes one.")
+    if "tap" in options:
+        raise InputError("steer() adds its own vector as a tap, so it takes no tap: generate(model, text, tap=vector.tap(4) | other) takes both.")
     s.path(vector.path)
-    chosen = (float(strength),) if isinstance(strength, int | float) else tuple(float(x) for x in strength)
+    chosen = tuple(map(_number, strength)) if isinstance(strength, Iterable) else (_number(strength),)
+    if not chosen:
+        raise InputError("No strength was given: name at least one number.")
     strengths = (0.0, *(c for c in chosen if c))
     outs, first = [], []
     for value in strengths:

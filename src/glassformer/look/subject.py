@@ -71,6 +71,8 @@ class Subject:
     """Display form of every token."""
     source_ids: tuple[int, ...] = ()
     source_pieces: tuple[str, ...] = ()
+    tap: Tap | None = None
+    """What sees or edits every :meth:`run`, before all else."""
 
     # The model
 
@@ -138,6 +140,7 @@ class Subject:
 
         ``tap`` comes before the record: what it edits is recorded as edited. ``grad=True`` keeps the graph.
         """
+        tap = self.tap if tap is None else tap if self.tap is None else self.tap | tap
         record = Record(*(self.path(s) for s in sites), grad=grad) if sites else Record("**")
         whole = tap if not sites else record if tap is None else tap | record
         with torch.set_grad_enabled(grad), evaluating(self.model):
@@ -164,6 +167,8 @@ class Subject:
             if not found:
                 raise InputError(f"{given} holds none of the text's {n} positions.")
             return found
+        if not isinstance(given, int) and not hasattr(given, "__iter__"):
+            raise InputError(f"A position is a whole number, a word of the text, or a list of numbers, but {described(type(given))} was given.")
         wanted = [given] if isinstance(given, int) else list(given)
         for i in wanted:
             if isinstance(i, bool) or not isinstance(i, int):
@@ -236,17 +241,20 @@ class Subject:
         return piece_of(self.tokenizer, i)
 
 
-def read(model: Any, text: Text, tokenizer: Tokenizer | None = None, *, source: Text | None = None, most: int | None = None) -> Subject:
+def read(model: Any, text: Text, tokenizer: Tokenizer | None = None, *, source: Text | None = None, most: int | None = None, tap: Tap | None = None) -> Subject:
     """The subject of a question: ``model`` (or what ``gf.load`` gave) on ``text``.
 
     ``text``: a text, which the tokenizer reads with what its file prescribes around it ([CLS], a beginning); or ids, taken as they are.
-    ``source``: what an encoder-decoder's encoder reads. ``most``: refuse more tokens than that.
+    ``source``: what an encoder-decoder's encoder reads. ``most``: refuse more tokens than that. ``tap``: what sees or edits every
+    :meth:`Subject.run`; only functions that ask the model by it alone may take one.
     Raises :class:`InputError` for an empty text, one too long, ids beyond the vocabulary, and a text without a tokenizer.
     """
     if tokenizer is None:
         tokenizer = getattr(model, "tokenizer", None)  # a foreign model may have one
     if isinstance(model, Loaded):
         model, tokenizer = model.model, model.tokenizer if tokenizer is None else tokenizer
+    if tokenizer is not None and not (hasattr(tokenizer, "prompt") and hasattr(tokenizer, "piece")):
+        raise InputError(f"tokenizer= is a tokenizer of glassformer, but {described(type(tokenizer))} was given: Tokenizer.load(path) opens one.")
     if not isinstance(model, nn.Module) or not hasattr(model, "sites"):
         remedy = "look.foreign(model) opens a model of transformers" if isinstance(model, nn.Module) else "gf.load(folder) gives one, spec.build() another"
         raise InputError(f"A model of glassformer is looked into, but {described(type(model))} was given: {remedy}.")
@@ -260,7 +268,9 @@ def read(model: Any, text: Text, tokenizer: Tokenizer | None = None, *, source: 
         raise InputError(f"source= is what an encoder reads, but this {type(model.spec).__name__} reads one text only: leave source out.")
     ids = _ids(text, tokenizer, "text", getattr(model, "decoder", model), most, begin)
     source_ids = () if source is None else _ids(source, tokenizer, "source", model.encoder, most)
-    return Subject(model, tokenizer, ids, tuple(piece_of(tokenizer, i) for i in ids), source_ids, tuple(piece_of(tokenizer, i) for i in source_ids))
+    if tap is not None and not isinstance(tap, Tap):
+        raise InputError(f"tap= sees or edits a pass, but {described(type(tap))} was given: Intervention(...).tap(model) makes one, Edit(...) another.")
+    return Subject(model, tokenizer, ids, tuple(piece_of(tokenizer, i) for i in ids), source_ids, tuple(piece_of(tokenizer, i) for i in source_ids), tap)
 
 
 def read_pair(model: Any, clean: Text, corrupted: Text, tokenizer: Tokenizer | None = None, **rest: Any) -> tuple[Subject, Subject]:
@@ -283,13 +293,13 @@ def _ids(text: Text, tokenizer: Tokenizer | None, name: str, stack: Any, most: i
         if text.is_floating_point() or text.ndim > 2 or (text.ndim == 2 and text.shape[0] != 1):
             raise InputError(f"{name} is a tensor of {text.dtype} and shape {tuple(text.shape)}, but one row of token ids is read: [t] or [1 t].")
         ids = [int(i) for i in text.flatten()]
-    elif isinstance(text, abc.Sequence) or hasattr(text, "__array__"):
-        ids = list(text)
-        if wrong := [i for i in ids if isinstance(i, bool) or not hasattr(i, "__index__")]:
-            raise InputError(f"{name} is a list that holds {wrong[0]!r}, but one text is read at a time: a text, or a list of token ids.")
-        ids = [int(i) for i in ids]
     else:
-        raise InputError(f"{name} is {described(type(text))}, but a text or token ids are read.")
+        given: Any = text  # a list, or an array of NumPy's
+        if not isinstance(given, abc.Sequence) and not hasattr(given, "__array__"):
+            raise InputError(f"{name} is {described(type(given))}, but a text or token ids are read.")
+        if wrong := [i for i in given if isinstance(i, bool) or not hasattr(i, "__index__")]:
+            raise InputError(f"{name} is a list that holds {wrong[0]!r}, but one text is read at a time: a text, or a list of token ids.")
+        ids = [int(i) for i in given]
     if not ids:
         raise InputError(f"The {name} has 0 tokens, but at least 1 is looked at: give some text.")
     v, limit = vocabulary(stack), position_limit(stack)
@@ -320,7 +330,7 @@ def n_heads(stack: Any, layer: int, kind: str = "attn") -> int:
 def feedforward_of(stack: Any, layer: int) -> str:
     """The name of a layer's feed-forward sublayer: ``"ffn"`` or ``"experts"``."""
     block: Any = stack.blocks[layer] if isinstance(stack, TransformerModel) else None
-    return str(block.order[-1]) if isinstance(stack, TransformerModel) else "ffn"
+    return str(block.order[-1]) if isinstance(stack, TransformerModel) else str(stack.feedforward(layer))
 
 
 def vocabulary(stack: Any) -> int:
@@ -341,7 +351,12 @@ def reads_tokens(stack: Any) -> bool:
 def check_reads_tokens(stack: Any, what: str) -> None:
     """Raise :class:`InputError` if the model predicts no tokens."""
     if not reads_tokens(stack):
-        ends = type(stack.spec.readout).__name__ if isinstance(stack, TransformerModel) else "no read-out over tokens"
+        if not isinstance(stack, TransformerModel):
+            raise InputError(
+                f"{what} asks for scores over the vocabulary, but no read-out over tokens is found in this {stack.name} from outside: "
+                "load it with one (AutoModelForCausalLM, AutoModelForMaskedLM), or open its checkpoint with gf.load."
+            )
+        ends = type(stack.spec.readout).__name__
         raise InputError(f"{what} asks for scores over the vocabulary, but this model ends in {ends}: give one with readout=LanguageModel().")
 
 
@@ -367,7 +382,8 @@ def read_head(stack: Any, given: str | tuple[int, int]) -> tuple[int, int]:
     else:
         raise SiteError(f"{given!r} names no head: give (layer, head), or '5.1'.")
     check_layer(stack, layer)
-    if not 0 <= head < (n := n_heads(stack, layer)):
+    n = n_heads(stack, layer)
+    if not 0 <= head < n:
         raise SiteError(f"Head {layer}.{head} was asked for, but layer {layer} has {n} heads, 0 to {n - 1}.")
     return layer, head
 
@@ -378,6 +394,13 @@ def check_layer(stack: Any, layer: int) -> int:
     if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < n:
         raise SiteError(f"Layer {layer!r} was asked for, but the model has {n} layers, 0 to {n - 1}.")
     return layer
+
+
+def check_whole(least: int, /, **given: Any) -> None:
+    """Raise :class:`InputError` for an argument that is no whole number of at least ``least``: ``check_whole(1, top=top, count=count)``."""
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(f"{name}={value!r}: a whole number of at least {least} is needed.")
 
 
 def choose(given: str, known: Sequence[str], what: str) -> str:

@@ -17,6 +17,7 @@ to the rounding of the products, what one full forward pass per variant gives.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -87,9 +88,9 @@ class Sweep:
     """
 
     def __init__(self, subject: Subject, keep: Sequence[str] = (), *, tap: Tap | None = None, memory: int | None = None, progress: bool | None = None):
-        if memory is not None and memory < 1:
-            raise InputError(f"memory={memory}: it is the number of bytes that a batch may hold, at least 1.")
-        self.subject, self.tap, self.memory = subject, tap, MEMORY if memory is None else memory
+        if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int | float) or not 1 <= memory < math.inf):
+            raise InputError(f"memory={memory!r}: it is the number of bytes that a batch may hold, at least 1.")
+        self.subject, self.tap, self.memory = subject, tap, MEMORY if memory is None else int(memory)
         self.progress = sys.stderr.isatty() if progress is None else progress
         self.own = isinstance(subject.stack, TransformerModel)
         self.axes = {s.path.removeprefix(subject.prefix): s.axes for s in subject.model.sites() if s.path.startswith(subject.prefix)}
@@ -166,7 +167,7 @@ class Sweep:
             tokens = len(chunk) * (len(self.subject) - start[1])
             full = len(chunk) >= self._most(rows[i], len(self.subject) - start[1], len(read))
             # Later blocks' rows join the same batch when the pass gets there: large products are faster.
-            apart = layer != start[0] and not (self.own and 0 <= start[0] and layer < n and skip == start[1])
+            apart = layer != start[0] and not (self.own and start[0] >= 0 and layer < n and skip == start[1])
             if chunk and (apart or full or (tokens >= FULL and skip > start[1])):
                 yield start[0], start[1], chunk
                 chunk = []

@@ -8,8 +8,9 @@ The head and the offset are chosen on one half of the sentences; the accuracies 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from glassformer.core.errors import InputError
+from glassformer.core.fields import described
 from glassformer.models.encoder_decoder import EncoderDecoderModel
 from glassformer.text import Tokenizer
 from glassformer.weights.own import Loaded
@@ -24,7 +26,7 @@ from glassformer.weights.own import Loaded
 from .conllu import Sentence, read_conllu
 from .patterns import each_pattern, head_names
 from .result import Cell, Grid, Result
-from .subject import n_layers
+from .subject import check_whole, n_layers
 from .windows import Batch, Reading
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ class SyntacticHeads(Result):
     gain_interval: Tensor
     sentences: int
     unseen: int
-    """Edges that no question could be asked about: target not visible, no other word to choose, or a word without a token."""
+    """Edges, each counted in both directions, that could not be asked about: target not visible, no other word to choose, or a word without a token."""
     skipped: int
     """Sentences longer than the model's positions."""
     causal: bool
@@ -90,7 +92,7 @@ class SyntacticHeads(Result):
         causal = " The model sees only what came before: edges whose target comes later are left out." if self.causal else ""
         note = (
             "Head and offset are chosen on one half of the sentences; accuracies, 95 % intervals (by resampling sentences) and counts are of the other half. "
-            f"Special tokens and the word itself do not count.{causal} {self.unseen:,} edges could not be asked about."
+            f"Special tokens and the word itself do not count.{causal} {self.unseen:,} times an edge could not be asked about in one direction."
         )
         return Grid(("relation", "direction", "count", "head", "accuracy", "95 %", "offset", "its accuracy", "gain", "95 % of gain"), tuple(rows), note)
 
@@ -150,7 +152,11 @@ def syntactic_heads(
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
     if tokenizer is None:
         raise InputError("Sentences are texts, but there is no tokenizer to read them: give tokenizer=, or what gf.load gave in place of the model.")
-    given = list(_some(read_conllu(sentences) if isinstance(sentences, str | Path) else sentences, max_sentences))
+    check_whole(1, least=least)
+    check_whole(0, seed=seed)
+    if max_sentences is not None:
+        check_whole(1, max_sentences=max_sentences)
+    given = list(islice(read_conllu(sentences) if isinstance(sentences, str | Path) else _checked(sentences), max_sentences))
     asked = _Asked(model, tokenizer, given)
     if len(asked.kept) < 2:
         raise InputError(f"{len(asked.kept)} sentences can be read, but one half chooses and the other reports: give at least 2.")
@@ -158,10 +164,19 @@ def syntactic_heads(
     return asked.result(least, seed)
 
 
-def _some(sentences: Iterable[Sentence], most: int | None) -> Iterable[Sentence]:
+def _checked(sentences: Any) -> Iterator[Sentence]:
+    """Sentences that were made by hand; raises :class:`InputError` for one whose parts do not fit together."""
+    if not isinstance(sentences, Iterable) or isinstance(sentences, Tensor):
+        raise InputError(f"sentences is {described(type(sentences))}, but a CoNLL-U file or a list of Sentence is read.")
     for i, s in enumerate(sentences):
-        if most is not None and i >= most:
-            return
+        if not isinstance(s, Sentence):
+            raise InputError(f"Sentence {i} is {described(type(s))}, but a Sentence with its tree is needed: read_conllu(path) gives them.")
+        n = len(s.words)
+        if {len(s.spans), len(s.governors), len(s.relations)} != {n} or not n:
+            sizes = f"{n} words, {len(s.spans)} spans, {len(s.governors)} governors and {len(s.relations)} relations"
+            raise InputError(f"Sentence {i} has {sizes}: a sentence has at least 1 word, and one of each for every word.")
+        if wrong := [g for g in s.governors if not -1 <= g < n]:
+            raise InputError(f"Sentence {i} has {n} words, 0 to {n - 1}, but a word hangs on {wrong[0]} (-1 is the root).")
         yield s
 
 
@@ -172,7 +187,7 @@ class _Asked:
         from glassformer.infer.session import position_limit
 
         limit = position_limit(model)
-        before = Reading(model, [[0]], tokenizer)._around
+        before = Reading(model, [[0]], tokenizer).around
         kept: list[tuple[Sentence, list[int], Tensor]] = []
         self.skipped = 0
         for s in sentences:

@@ -10,7 +10,8 @@ this corruption; where the knowledge is stored, or where an edit would work, it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from glassformer.core.tap import Edit
 from .figure import Theme, heatmap
 from .patching import site_path
 from .result import Grid, Result
-from .subject import Positions, Text, check_reads_tokens, choose, read, with_weights
+from .subject import Positions, Text, check_reads_tokens, check_whole, choose, read, with_weights
 from .sweep import Patch, Sweep
 
 if TYPE_CHECKING:
@@ -125,14 +126,21 @@ def causal_trace(
     if subject is None:
         raise InputError("The subject is missing: name the words of the text (or positions) whose embeddings get the noise.")
     where = s.positions(subject)
+    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds) if isinstance(kinds, Iterable) else (kinds,)
     for kind in kinds:
         choose(kind, tuple(STATES), "kind of state")
-    if samples < 1 or window < 1 or not noise > 0:
-        raise InputError(f"samples={samples}, window={window}, noise={noise}: at least one sample, a window of at least one layer, and noise above 0.")
+    if not kinds:
+        raise InputError(f"No kind of state was given: name at least one of {', '.join(STATES)}.")
+    check_whole(1, samples=samples, window=window)
+    check_whole(0, seed=seed)
+    if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 < noise < math.inf:
+        raise InputError(f"noise={noise!r}: it is a finite number above 0, times the embeddings' standard deviation.")
     paths = {k: [site_path(s, STATES[k], n) for n in range(s.layers)] for k in kinds}
     clean = Sweep(s, [*(p for group in paths.values() for p in group), "embed"], memory=memory, progress=False)
     at = s.position(position)
     asked = s.target(target, clean.logits[at])
+    if asked.against is not None:
+        raise InputError("Causal tracing asks for the probability of one token, but a pair was given: name the first alone.")
     variants = []
     for kind in kinds:
         for n in range(s.layers):

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from glassformer.core import files
 from glassformer.core.errors import InputError, WeightsError
+from glassformer.core.fields import described
 from glassformer.core.numerics import wide
 from glassformer.infer.session import position_limit
 from glassformer.models.encoder_decoder import EncoderDecoderModel
@@ -100,13 +101,13 @@ class TunedLens(Result):
                 "train one for this model with tuned_lens(model, texts)."
             )
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: str | os.PathLike[str], dark: bool = False) -> Path:
         """Write the maps into a folder (that of the model, say) as ``tuned_lens.safetensors`` and ``tuned_lens.json``; with one of the suffixes of
         :meth:`Result.save`, write the report. Raises :class:`WeightsError` if the folder cannot be written.
         """
         folder = Path(path)
         if not folder.is_dir() and folder.suffix.lower() in SUFFIXES:
-            return super().save(path)
+            return super().save(path, dark)
         staging: Path | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -126,6 +127,8 @@ class TunedLens(Result):
 
 def load_tuned_lens(folder: str | os.PathLike[str], model: Any = None) -> TunedLens:
     """Open what :meth:`TunedLens.save` wrote. With a ``model``, raises :class:`WeightsError` if the lens was trained for another; also for damaged files."""
+    if not isinstance(folder, str | os.PathLike):
+        raise WeightsError(f"A tuned lens is opened by the folder that it was saved in, but {described(type(folder))} was given.")
     path = Path(folder)
     if not (path / FILES[1]).exists():
         raise WeightsError(f"There is no tuned lens in {path} ({FILES[1]} is missing): train one with tuned_lens(model, texts) and save it there.")
@@ -175,11 +178,10 @@ def tuned_lens(
 
     Raises :class:`InputError` for fewer than 64 tokens, and for a model without scores over tokens. Source: Belrose et al., arXiv 2303.08112.
     """
-    for name, value in (("max_tokens", max_tokens), ("context", context), ("batch", batch)):
-        if value < 1:
-            raise InputError(f"tuned_lens({name}={value}): it is at least 1.")
-    if steps < 0:
-        raise InputError(f"tuned_lens(steps={steps}): it is 0 (least squares only) or more.")
+    for name, value, least in (("max_tokens", max_tokens, 1), ("context", context, 1), ("batch", batch, 1), ("steps", steps, 0), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            more = " (0: least squares only)" if name == "steps" else ""
+            raise InputError(f"tuned_lens({name}={value!r}): it is a whole number, at least {least}{more}.")
     rows = _windows(model, texts, tokenizer, max_tokens, context)
     stack = with_weights(rows[0].stack, "tuned_lens()")
     check_reads_tokens(stack, "A tuned lens")
@@ -201,6 +203,8 @@ def tuned_lens(
 def _windows(model: Any, texts: Any, tokenizer: Tokenizer | None, most: int, context: int) -> list[Subject]:
     """The rows that are run, at least two."""
     inner = getattr(model, "model", model)
+    if not isinstance(texts, str | Tensor) and not (hasattr(texts, "__len__") and hasattr(texts, "__getitem__")):
+        raise InputError(f"texts is a text, token ids, or a list of either, but {described(type(texts))} was given.")
     if isinstance(inner, EncoderDecoderModel):
         if isinstance(texts, str) or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in texts):
             raise InputError("An encoder-decoder reads two texts, so its lens is trained on pairs: [(source, text), ...].")
@@ -300,10 +304,12 @@ def _descend(maps: list[_Map], streams: Tensor, stack: Any, steps: int, batch: i
         return
     draw = torch.Generator().manual_seed(seed)
     n = streams.shape[1]
-    order = torch.cat([torch.randperm(n, generator=draw) for _ in range(-(-steps * min(batch, n) // n))])
+    order = torch.empty(0, dtype=torch.long)
     adam = torch.optim.Adam([p for m in maps for p in (m.m, m.c)], lr=STEP, betas=(0.9, 0.98))
     for i in range(steps):
-        some = order[i * min(batch, n) :][: min(batch, n)].to(streams.device)
+        if len(order) < min(batch, n):
+            order = torch.cat([order, torch.randperm(n, generator=draw)])
+        some, order = order[: min(batch, n)].to(streams.device), order[min(batch, n) :]
         adam.param_groups[0]["lr"] = STEP * (1 - i / steps)
         with torch.no_grad():
             final = _logp(stack, streams[-1][some])

@@ -5,7 +5,6 @@
 ``post_i`` is the number that the unit's column of ``W_out`` is multiplied by, so it alone says how much of that column a token gets.
 
 neurons(model, path, layer=2)     units with their statistics, top contexts and directions as words
-sparsity(model, path)             how few of them speak at a time, layer by layer
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from glassformer.parts.feedforward import GatedLayer
 from glassformer.text import Tokenizer
 
 from .directions import Words, words_read, words_written
-from .figure import Theme, dress, lines, plain_text
+from .figure import Theme, dress, plain_text
 from .moments import Moments
 from .result import Cell, Grid, Result
-from .subject import check_layer, choose, feedforward_of
+from .subject import check_layer, check_whole, choose, feedforward_of
 from .windows import Batch, Context, Reading, Texts, Window, context_of
 
 if TYPE_CHECKING:
@@ -193,7 +192,7 @@ def feedforward_layer(stack: TransformerModel, layer: int) -> Any:
     return block.ffn if feedforward_of(stack, layer) == "ffn" else block.experts.shared
 
 
-def _sites(reading: Reading, layer: int | None) -> dict[str, int]:
+def unit_sites(reading: Reading, layer: int | None) -> dict[str, int]:
     """The layers that are looked at, by the full paths of their units."""
     stack = reading.stack
     if layer is not None:
@@ -261,14 +260,11 @@ def neurons(
     Raises :class:`InputError` for layers whose units are inside experts, and :class:`SiteError` for layers and units that the model has not.
     """
     choose(by, RANKINGS, "ranking of contexts")
-    for name, value, least in (("top", top, 1), ("count", count, 1), ("words", words, 0), ("around", around, 0), ("skip", skip, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(f"{name}={value!r}: a whole number of at least {least} is needed.")
-    if units is not None and layer is None:
-        raise InputError("units= names units within a layer, but no layer was given: add layer=.")
+    check_whole(1, top=top, count=count)
+    check_whole(0, words=words, around=around, skip=skip)
+    wanted = None if units is None else _chosen(units, layer)
     reading = Reading(model, texts, tokenizer, source=source, context=context, tokens=tokens)
-    paths = _sites(reading, layer)
-    wanted = None if units is None else torch.tensor([units] if isinstance(units, int) else list(units))
+    paths = unit_sites(reading, layer)
     moments, tops, positive = {p: Moments() for p in paths}, {p: _Top(top, by) for p in paths}, dict.fromkeys(paths, torch.zeros(()))
     windows: list[Window] = []
 
@@ -276,7 +272,7 @@ def neurons(
         if path == first:
             windows.extend(batch.windows)
         if wanted is not None:
-            if int(wanted.max()) >= x.shape[-1] or int(wanted.min()) < 0:
+            if int(wanted.max()) >= x.shape[-1]:
                 raise SiteError(f"Unit {int(wanted.max())} was asked for, but layer {layer} has {x.shape[-1]} units, 0 to {x.shape[-1] - 1}.")
             x = x[..., wanted.to(x.device)]
         counted = batch.real.clone()
@@ -314,6 +310,16 @@ def neurons(
         )  # fmt: skip
     how = "as asked for" if wanted is not None else "of the largest kurtosis"
     return Neurons(tuple(result), len(peaked), how)
+
+
+def _chosen(units: Any, layer: int | None) -> Tensor:
+    """The units that were asked for by number; raises :class:`InputError` for what are none."""
+    if layer is None:
+        raise InputError("units= names units within a layer, but no layer was given: add layer=.")
+    given = units.reshape(-1).tolist() if isinstance(units, Tensor) else list(units) if isinstance(units, Sequence) and not isinstance(units, str) else [units]
+    if not given or any(isinstance(u, bool) or not isinstance(u, int) or u < 0 for u in given):
+        raise InputError(f"units={units!r}: units are whole numbers from 0, one or several.")
+    return torch.tensor(list(dict.fromkeys(given)))
 
 
 def _around(reading: Reading, wanted: list[tuple[str, int, list[tuple[Window, int, float]]]], around: int) -> list[tuple[Context, ...]]:
@@ -355,69 +361,3 @@ def _rows(ffn: Any, unit: int) -> list[Tensor]:
         both = matrix_of(ffn.gate_up)
         return [both[unit], both[unit + len(both) // 2]]
     return [matrix_of(ffn.up)[unit]]
-
-
-# Sparsity
-
-
-@dataclass(frozen=True, eq=False)
-class Sparsity(Result):
-    """How few units speak at a time, layer by layer [l]. ``positive``: share above zero. ``active``: the effective share of units per token,
-    ``(sum_i x_i^2)^2 / (f sum_i x_i^4)``, 1 if all are equally large and 1/f if one alone speaks, averaged over tokens. ``silent``: share of units that
-    never are above zero. ``kurtosis``: median over units of their kurtosis over tokens."""
-
-    layers: tuple[int, ...]
-    widths: tuple[int, ...]
-    positive: Tensor
-    active: Tensor
-    silent: Tensor
-    kurtosis: Tensor
-    tokens: int
-
-    @property
-    def title(self) -> str:
-        return f"Sparsity of feed-forward units over {self.tokens:,} tokens"
-
-    def grid(self) -> Grid:
-        columns = ("layer", "units", "positive", "active", "silent", "kurtosis")
-        numbers = zip(self.layers, self.widths, self.positive.tolist(), self.active.tolist(), self.silent.tolist(), self.kurtosis.tolist(), strict=True)
-        note = "positive: share above zero; active: effective share of units per token; silent: never above zero; kurtosis: median over units"
-        return Grid(columns, tuple(tuple(r) for r in numbers), note)
-
-    def draw(self, figure: Figure, theme: Theme) -> None:
-        axes = figure.subplots()
-        named = {"above zero": self.positive, "effective share per token": self.active, "never above zero": self.silent}
-        lines(axes, theme, self.layers, named, title=self.title, x_name="layer", y_name="share")
-        axes.set_xticks(self.layers)
-        axes.set_ylim(-0.02, 1.02)
-
-
-def sparsity(
-    model: Any, texts: Texts, *, tokens: int | None = 200_000, context: int | None = None, source: Any = None, tokenizer: Tokenizer | None = None
-) -> Sparsity:
-    """How sparse the hidden units of every feed-forward layer are over many texts (see :class:`Sparsity`). Arguments as in :func:`neurons`."""
-    reading = Reading(model, texts, tokenizer, source=source, context=context, tokens=tokens)
-    paths = _sites(reading, None)
-    moments = {p: Moments() for p in paths}
-    above, active = {p: torch.zeros(()) for p in paths}, dict.fromkeys(paths, 0.0)
-
-    def look(path: str, x: Tensor, batch: Batch) -> None:
-        values = x[batch.real].float().cpu()
-        moments[path].add(values)
-        above[path] = above[path] + (values > 0).sum(0)
-        squares = values.double().square()
-        fourth = squares.square().sum(1)
-        active[path] += float((squares.sum(1).square() / (fourth * values.shape[1]).clamp_min(torch.finfo(torch.float64).tiny)).sum())
-
-    reading.run(list(paths), look)
-    n = moments[next(iter(paths))].n
-    kurtosis = [m.kurtosis() for m in moments.values()]
-    return Sparsity(
-        tuple(paths.values()),
-        tuple(len(k) for k in kurtosis),
-        torch.stack([above[p].mean(dtype=torch.float32) / n for p in paths]),
-        torch.tensor([active[p] / n for p in paths]),
-        torch.stack([(above[p] == 0).float().mean() for p in paths]),
-        torch.stack([k.median().float() for k in kurtosis]),
-        n,
-    )

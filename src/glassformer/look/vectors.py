@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glassformer.core.errors import InputError, TokenizerError
-from glassformer.core.fields import described
 from glassformer.models.encoder_decoder import EncoderDecoderModel
 from glassformer.parts.norm import DynamicTanhLayer, LayerNormLayer, NormLayer, RMSNormLayer
 from glassformer.text import Tokenizer
@@ -24,7 +23,7 @@ from glassformer.weights.own import Loaded
 
 from .figure import Theme, bars
 from .result import Cell, Grid, Result
-from .subject import Positions, Subject, Text, check_reads_tokens, choose, read, with_weights
+from .subject import Positions, Subject, Text, check_reads_tokens, check_whole, choose, read, with_weights
 from .windows import Batch, Context, Reading, Texts, Window, context_of
 
 if TYPE_CHECKING:
@@ -184,26 +183,23 @@ def nearest(
     Raises :class:`InputError` for a word that is not one token, an unknown table or measure, and ``k`` below 1.
     """
     choose(by, MEASURES, "measure of nearness")
+    check_whole(1, k=k)
     t = table_of(model, table, tokenizer, centre)
     at: int | None = None
     if isinstance(word, Tensor):
         if word.shape != (t.vectors.shape[1],):
             raise InputError(f"The vector has shape {tuple(word.shape)}, but the rows of the {table} table have {t.vectors.shape[1]} numbers: give [d].")
         query, name = word.detach().float().cpu(), "the given vector"
+        if not query.isfinite().all():
+            raise InputError("The vector holds numbers that are not finite, so nothing is near it.")
     else:
         at = t.id(word)
         query, name = t.vectors[at], t.subject.piece(at)
     score = closeness(query[None], t.vectors, by)[0].masked_fill(~t.usable, -torch.inf)
     if at is not None:
         score[at] = -torch.inf
-    values, ids = score.topk(_check_k(k, int(t.usable.sum()) - (at is not None)))
+    values, ids = score.topk(min(k, int(t.usable.sum()) - (at is not None)))
     return Neighbours(name, at, table, by, ids, values.abs() if by == "euclid" else values, tuple(t.subject.piece(int(i)) for i in ids))
-
-
-def _check_k(k: int, most: int) -> int:
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise InputError(f"k={described(type(k)) if not isinstance(k, int) else k}: at least 1 neighbour is asked for.")
-    return min(k, most)
 
 
 # In context
@@ -258,11 +254,15 @@ def nearest_in_context(
     encoder reads. Raises :class:`InputError` and :class:`SiteError`.
     """
     choose(by, MEASURES, "measure of nearness")
+    check_whole(1, k=k)
+    check_whole(0, around=around)
     reading = Reading(model, texts, tokenizer, source=source, context=context, tokens=tokens)
     s = read(model, text, tokenizer, source=reading.source(0))
     at = s.position(position)
-    full = s.path(site)
-    record, _ = s.run(site)
+    full, *more = reading.vector_sites(site)
+    if more:
+        raise InputError(f"{site!r} meets {1 + len(more)} sites, but vectors of one are compared: name one, such as {reading.short(full)!r}.")
+    record, _ = s.run(reading.short(full))
     query = record[full][0].flatten(1)[at].float()
     best: list[tuple[float, Window, int]] = []
     seen = 0
@@ -277,7 +277,7 @@ def nearest_in_context(
         values, places = score.flatten().topk(min(k, score.numel()))
         wide = batch.real.shape[1]
         found = [(v, batch.windows[i // wide], i % wide) for v, i in zip(values.tolist(), places.tolist(), strict=True) if v > -torch.inf]
-        best = sorted(best + found, key=lambda b: -b[0])[: _check_k(k, 1 << 30)]
+        best = sorted(best + found, key=lambda b: -b[0])[:k]
 
     reading.run([full], look)
     contexts = tuple(context_of(s.tokenizer, w, i, abs(v) if by == "euclid" else v, around) for v, w, i in best)

@@ -30,7 +30,7 @@ from glassformer.models.transformer import TransformerModel
 from glassformer.text import Tokenizer
 from glassformer.weights.own import Loaded
 
-from .subject import Subject, piece_of, read, vocabulary
+from .subject import Subject, check_whole, piece_of, read, vocabulary
 
 Texts = Any
 """A text, a file (``pathlib.Path``), token ids, or a list of texts or of rows of ids."""
@@ -83,21 +83,24 @@ class Reading:
     ):
         if isinstance(model, Loaded):
             model, tokenizer = model.model, model.tokenizer if tokenizer is None else tokenizer
-        if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
+        if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
             raise InputError(f"tokens={tokens!r}: at least 1 token is read; None reads all.")
+        if context is not None:
+            check_whole(1, context=context)
         self.tokenizer, self.most = tokenizer, tokens
-        self._texts = texts
+        self.texts = texts
         self._sources = source
         self.subject: Subject = read(model, [0], tokenizer, source=self.source(0))  # what kind of model this is; the token is only a stand-in
         self.model, self.stack = self.subject.model, self.subject.stack
         limit = position_limit(self.model)
-        self._around = self._put_around()
+        self.around = self._put_around()
+        """What stands before and after every window that comes from a text."""
         room = min(x for x in (context or CONTEXT, limit) if x is not None)
         if context is not None and limit is not None and context > limit:
             raise InputError(f"Windows of {context} tokens were asked for, but this model has positions for {limit}: give context={limit} or fewer.")
         self.context = room
-        if room <= len(self._around[0]) + len(self._around[1]):
-            raise InputError(f"Windows of {room} tokens leave no room for text beside the {sum(map(len, self._around))} that stand around it: give more.")
+        if room <= len(self.around[0]) + len(self.around[1]):
+            raise InputError(f"Windows of {room} tokens leave no room for text beside the {sum(map(len, self.around))} that stand around it: give more.")
         self.at_once = at_once if isinstance(self.stack, TransformerModel) else 1  # other models are not told where padding begins
 
     # What is read
@@ -109,10 +112,7 @@ class Reading:
             raise InputError(f"There is a text number {text}, but only {len(self._sources)} sources were given: give one for each text, or one for all.")
         return self._sources[text] if many else self._sources
 
-    _source = source
-
     def _put_around(self) -> tuple[list[int], list[int]]:
-        """What stands before and after every window that comes from a text."""
         if isinstance(self.model, EncoderDecoderModel):
             return [int(self.model.spec.start)], []
         if self.tokenizer is None or not hasattr(self.tokenizer, "prompt"):
@@ -122,7 +122,7 @@ class Reading:
 
     def rows(self) -> Iterator[tuple[list[int], bool]]:
         """The ids of every text, and whether they come from a text (so that something stands around them)."""
-        for one in _each(self._texts):
+        for one in _each(self.texts):
             if isinstance(one, str):
                 if self.tokenizer is None:
                     raise InputError("A text was given, but there is no tokenizer to read it: give tokenizer=, what gf.load gave, or token ids.")
@@ -138,7 +138,7 @@ class Reading:
             if ids and (max(ids) >= v or min(ids) < 0):
                 wrong = max(ids) if max(ids) >= v else min(ids)
                 raise InputError(f"Text {i} holds the token id {wrong}, but the model's vocabulary is 0 to {v - 1}: use the model's own tokenizer.")
-            before, after = self._around if framed else ([], [])
+            before, after = self.around if framed else ([], [])
             step = self.context - len(before) - len(after)
             for start in range(0, len(ids), step):
                 own = ids[start : start + step] if left is None else ids[start : start + min(step, left)]
@@ -187,6 +187,23 @@ class Reading:
             raise SiteError(f"{pattern!r} picks heads, but whole vectors are read here: leave the brackets out.")
         return [s.path for s in self.model.sites() if full.meets(s.path)]
 
+    def vector_sites(self, site: str | Sequence[str]) -> list[str]:
+        """The full paths that one or several patterns meet, in the order of computation.
+
+        Raises :class:`SiteError` for none, and :class:`InputError` for a site that has not one vector for each token.
+        """
+        patterns: list[Any] = list(site) if isinstance(site, list | tuple) else [site]
+        if not patterns or any(not isinstance(p, str) for p in patterns):
+            raise InputError(f"site={site!r} names no site: give a pattern such as 'blocks.*.resid_post', or several.")
+        wanted = {path for pattern in patterns for path in self.sites(pattern)}
+        chosen = [s for s in self.model.sites() if s.path in wanted]
+        for s in chosen:
+            axes = s.axes.split()
+            memory = axes[1:2] == ["s"] and ".cross." in s.path  # keys of a memory: one for each token of the source
+            if axes[0] != "b" or len(axes) < 3 or axes[1] not in ("t", "s") or memory:
+                raise InputError(f"{self.short(s.path)!r} has the axes {s.axes!r}, but one vector for each token is read here: choose a site b t d.")
+        return [s.path for s in chosen]
+
     def short(self, path: str) -> str:
         """A path without what an encoder-decoder's paths begin with."""
         return path.removeprefix(self.subject.prefix)
@@ -195,9 +212,10 @@ class Reading:
         """``fn(path, values [b t ..], batch)`` at every one of these sites, for every batch; values are held no longer than that."""
         with torch.no_grad(), evaluating(self.model):
             for batch in self.batches() if batches is None else batches:
-                self._pass(batch, _Watch(paths, lambda path, x, b=batch: fn(path, x, b)))  # type: ignore[misc]
+                self.watched(batch, Watch(paths, lambda path, x, b=batch: fn(path, x, b)))  # type: ignore[misc]
 
-    def _pass(self, batch: Batch, watch: _Watch) -> None:
+    def watched(self, batch: Batch, watch: Watch) -> None:
+        """One pass over a batch under ``watch``, which ends it when it has seen enough."""
         full = bool(batch.real.all())
         lengths = None if full else batch.real.sum(1)
         whole = any(p.endswith("logits") for p in watch.paths)
@@ -211,34 +229,34 @@ class Reading:
                 options = {"tap": watch} | ({} if full else {"lengths": lengths})
             run = self.stack if whole or not isinstance(self.stack, TransformerModel) else self.stack.states
             run(batch.tokens, **options)
-        except _Enough:
+        except Enough:
             pass
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Every value that was wanted has been seen."""
 
 
-class _Watch(Tap):
-    """Hands on the values at some sites, and ends the pass after the last."""
+class Watch(Tap):
+    """Hands on the values at some sites, and ends the pass after the last. ``left``: the sites that have not been seen yet."""
 
     def __init__(self, paths: Sequence[str], fn: Callable[[str, Tensor], None]):
-        self.paths, self._left, self._fn = tuple(paths), set(paths), fn
+        self.paths, self.left, self._fn = tuple(paths), set(paths), fn
 
     def visit(self, path: str, x: Tensor) -> Tensor:
-        if path in self._left:
+        if path in self.left:
             self._take(path, x)
         return x
 
     def offer(self, path: str, compute: Callable[[tuple[int, ...] | None], Tensor]) -> None:
-        if path in self._left:
+        if path in self.left:
             self._take(path, compute(None))
 
     def _take(self, path: str, x: Tensor) -> None:
         self._fn(path, x)
-        self._left.discard(path)
-        if not self._left:
-            raise _Enough
+        self.left.discard(path)
+        if not self.left:
+            raise Enough
 
 
 # Texts
@@ -246,6 +264,8 @@ class _Watch(Tap):
 
 def _each(texts: Texts) -> Iterator[Any]:
     """One text after the other; files are opened when their turn comes."""
+    if isinstance(texts, bytes | bytearray):
+        raise InputError("texts is bytes, but a text, a file (pathlib.Path), token ids, or a list of them is read: decode it first.")
     if isinstance(texts, Path):
         yield from _documents(texts)
     elif isinstance(texts, str):

@@ -183,12 +183,7 @@ class TransformerModel(Anatomy, nn.Module):
         Raises :class:`InputError`, :class:`CacheError`, :class:`SiteError`.
         """
         _check_kinds(tokens=tokens, inputs_embeds=inputs_embeds, positions=positions, lengths=lengths, types=types, mask=mask, cache=cache, tap=tap)
-        if self.readout.pooled:
-            kind = type(self.spec.readout).__name__
-            if keep is not None:
-                raise InputError(f"keep chooses positions to read out, but {kind} makes one vector of a whole row: leave keep out.")
-            if lengths is not None and any(int(n) < 1 for n in lengths):
-                raise InputError(f"{kind} makes one vector of a row, but row {[int(n) < 1 for n in lengths].index(True)} has length 0: leave empty rows out.")
+        self._check_pooled(keep, lengths)
         run = self._run_eagerly if tap is not None and tap.differentiates() else self._run
         h, p = run(tokens, inputs_embeds, positions, mask, lengths, types, cache, memory, memory_lengths, tap, aux, path)
         y: Tensor = self.readout(kept(h, keep), p)
@@ -225,16 +220,29 @@ class TransformerModel(Anatomy, nn.Module):
         names = ("positions", "mask", "lengths", "cache", "memory", "memory_lengths", "aux")
         if unknown := [o for o in options if o not in names]:
             raise InputError(f"resume() takes no option {unknown[0]!r}; it takes keep, tap, path, {', '.join(names)}.")
-        if not isinstance(layer, int) or not 0 <= layer <= len(self.blocks):
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= len(self.blocks):
             raise InputError(f"This model has {len(self.blocks)} blocks, so a pass goes on at block 0 to {len(self.blocks)}; {layer!r} was given.")
         if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[-1] != self.spec.d_model:
             shape = tuple(x.shape) if isinstance(x, Tensor) else described(type(x))
             raise InputError(f"The stream is {shape}, but this model's blocks read [batch, position, d_model={self.spec.d_model}].")
+        if not x.is_floating_point():
+            raise InputError(f"The stream is {x.dtype}, but a stream holds vectors, not ids: model(tokens) reads ids.")
+        _check_kinds(**{n: options.get(n) for n in ("positions", "mask", "lengths", "cache")}, tap=tap)
+        self._check_pooled(keep, options.get("lengths"))
         filled: dict[str, Any] = dict.fromkeys(names) | options
         p = self._pass(x, **filled, tap=tap, path=path)
         h = self._blocks(x, p, layer)
         y: Tensor = self.readout(kept(h, keep), p)
         return y
+
+    def _check_pooled(self, keep: int | Tensor | None, lengths: Sequence[int] | Tensor | None) -> None:
+        """Raise :class:`InputError` for positions chosen, or empty rows, where a whole row becomes one vector."""
+        if self.readout.pooled:
+            kind = type(self.spec.readout).__name__
+            if keep is not None:
+                raise InputError(f"keep chooses positions to read out, but {kind} makes one vector of a whole row: leave keep out.")
+            if lengths is not None and any(int(n) < 1 for n in lengths):
+                raise InputError(f"{kind} makes one vector of a row, but row {[int(n) < 1 for n in lengths].index(True)} has length 0: leave empty rows out.")
 
     def _run(
         self,

@@ -143,7 +143,7 @@ class Recipe(Spec):
         progress: bool | None = None,
         tap: Callable[[nn.Module], Tap | None] | None = None,
     ) -> Trainer:
-        """Prepare the text and build the model; the run is kept in ``folder``. ``tap`` makes of the model what sees or edits every call of it.
+        """Prepare the text and build the model; the run is kept in ``folder``. ``tap`` makes of the model what sees or edits every call of it, samples too.
 
         Raises what these steps raise.
         """
@@ -155,6 +155,7 @@ class Recipe(Spec):
         tokenizer = data.tokenizer
         prompt = None if self.sample is None else prompt_for(self.sample, data)
         model = self.model.replace(vocab_size=tokenizer.vocab_size).build(device=device, seed=self.seed)
+        seen = None if tap is None else tap(model)
         trainer = Trainer(
             model,
             self.task,
@@ -176,14 +177,14 @@ class Recipe(Spec):
             validation=validation,
             evaluate_every=self.evaluate_every,
             evaluate_windows=self.evaluate_windows,
-            sample=None if prompt is None else _sampler(tokenizer, prompt),
+            sample=None if prompt is None else _sampler(tokenizer, prompt, seen),
             sample_every=self.sample_every,
             save_every=self.save_every,
             keep=self.keep,
             tensorboard=self.tensorboard,
             tokenizer=tokenizer,
             progress=progress,
-            tap=None if tap is None else tap(model),
+            tap=seen,
         )
         if prompt != self.sample:
             trainer.notes.append(f"The sample prompt {self.sample!r} has what this text has not; samples begin with the text's own {prompt!r}.")
@@ -265,11 +266,11 @@ def prompt_for(wanted: str | None, data: TokenData) -> str:
     return " ".join(words.split(" ")[:3]) or data.tokenizer.decode(ids)
 
 
-def _sampler(tokenizer: Tokenizer, prompt: str) -> Callable[[nn.Module], str]:
+def _sampler(tokenizer: Tokenizer, prompt: str, tap: Tap | None) -> Callable[[nn.Module], str]:
     """A function that continues ``prompt``; the same seed each time, so that what changes is the model."""
 
     def sample(model: nn.Module) -> str:
-        made = generate(model, prompt, tokenizer=tokenizer, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=40, seed=0)
+        made = generate(model, prompt, tokenizer=tokenizer, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=40, seed=0, tap=tap)
         return prompt + (made.text or "")
 
     return sample

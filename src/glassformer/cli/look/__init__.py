@@ -8,6 +8,7 @@ Each command stands in a file of its own, parses, asks :mod:`glassformer.look`, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -55,24 +56,28 @@ app = typer.Typer(
     rich_markup_mode=None,
     no_args_is_help=True,
 )
-app.command("page")(page.page)
-app.command("journey")(journey.journey)
-app.command("circuits")(circuits.circuits)
-app.command("tokens")(tokens.tokens)
-app.command("heads")(heads.heads)
-app.command("neurons")(neurons.neurons)
-app.add_typer(embeddings.app, name="embeddings")
-app.command("probe")(probe.probe)
-app.command("lens")(lens.lens)
-app.command("candidates")(candidates.candidates)
-app.command("compare")(compare.compare)
-app.command("syntax")(syntax.syntax)
-app.command("redundancy")(redundancy.redundancy)
-app.command("forecast")(forecast.forecast)
-app.command("activations")(activations.activations)
-app.command("statistics")(statistics.statistics)
-app.command("attribute")(attribute.attribute)
-app.command("ablate")(ablate.ablate)
-app.command("patch")(patch.patch)
-app.command("steer")(steer.steer)
-app.command("trace")(trace.trace)
+COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (  # in the order of docs/look
+    ("page", page.page, "One HTML page: tokens, every head, every layer's guess."),
+    ("tokens", tokens.tokens, "Why a tokenizer cuts a text as it does."),
+    ("journey", journey.journey, "Every step from the text to the next token."),
+    ("candidates", candidates.candidates, "The most probable next tokens."),
+    ("compare", compare.compare, "What another prompt changes, and what carries it."),
+    ("lens", lens.lens, "What the model would say at each depth."),
+    ("attribute", attribute.attribute, "Which parts or tokens wrote a logit."),
+    ("ablate", ablate.ablate, "What changes when a part is taken away."),
+    ("patch", patch.patch, "What changes when a value comes from another run."),
+    ("trace", trace.trace, "Where a fact is restored after noise."),
+    ("steer", steer.steer, "Push the text along a direction."),
+    ("heads", heads.heads, "What each head does: roles and their scores."),
+    ("redundancy", redundancy.redundancy, "Which heads are alike, which can go."),
+    ("syntax", syntax.syntax, "Which heads follow grammatical relations."),
+    ("circuits", circuits.circuits, "What a head's matrices say, without a text."),
+    ("neurons", neurons.neurons, "What single hidden units answer to."),
+    ("probe", probe.probe, "What can be read from the vectors at a site."),
+    ("activations", activations.activations, "Write a corpus' activations to disk."),
+    ("statistics", statistics.statistics, "Mean, variance, outliers of sites."),
+    ("forecast", forecast.forecast, "How much memory a recording will take."),
+)
+for _name, _run, _short in COMMANDS:
+    app.command(_name, short_help=_short)(_run)
+app.add_typer(embeddings.app, name="embeddings", short_help="Which words lie near which.")

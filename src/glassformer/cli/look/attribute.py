@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ...core.errors import InputError
 from .common import Device, Dtype, Model, Out, Position, Rows, Source, Target, open_loaded, position_of, show, target_of
 
 WAYS = ("head", "layer", "neuron", "source", "gradient", "integrated", "rollout")
@@ -39,12 +40,16 @@ def attribute(
     from ...look.subject import choose
 
     choose(by, WAYS, "way to attribute")
+    if target and by == "rollout":
+        raise InputError("--by rollout follows attention weights and knows no target: leave --target out, or choose another --by.")
+    if baseline != "zero" and by != "integrated":
+        raise InputError(f"--baseline {baseline} is where integrated gradients begin: use it with --by integrated.")
     loaded, at, asked = open_loaded(model, device, dtype), position_of(position), target_of(target)
     found: Result
     if by == "gradient":
         found = gradient_x_input(loaded, text, asked, positions=at, source=source)
     elif by == "integrated":
-        start = int(baseline) if baseline.isdigit() else baseline
+        start = int(baseline) if baseline.isascii() and baseline.isdigit() else baseline
         found = integrated_gradients(loaded, text, asked, baseline=start, positions=at, source=source)
     elif by == "rollout":
         found = attention_rollout(loaded, text, positions=at, source=source)

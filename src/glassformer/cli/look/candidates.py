@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Device, Dtype, Model, Out, Position, Rows, Source, open_loaded, position_of, show
+from .common import Device, Dtype, Edits, Model, Out, Position, Rows, Source, edits_of, open_loaded, position_of, show
 
 
 def candidates(
@@ -20,9 +20,10 @@ def candidates(
     rows: Rows = 40,
     dtype: Dtype = None,
     device: Device = None,
+    edits: Edits = None,
 ) -> None:
     """List the most probable next tokens with probabilities and logits, and the entropy."""
-    from ...look.candidates import candidates as ask
+    from ...look.next_tokens import candidates as ask
 
     loaded = open_loaded(model, device, dtype)
-    show(ask(loaded, text, k, temperature=temperature, positions=position_of(position), source=source), out, max(rows, k))
+    show(ask(loaded, text, k, temperature=temperature, positions=position_of(position), source=source, tap=edits_of(edits, loaded)), out, max(rows, k))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,9 +19,27 @@ if TYPE_CHECKING:
 Model = Annotated[
     str, typer.Option("--model", "-m", metavar="MODEL", help="A trained model: its folder (ours, or from the hub), a .gguf file, or hf://owner/name.")
 ]
+
+
+def _check_places(paths: list[Path] | None) -> list[Path] | None:
+    """``--out`` is refused before anything is computed for it."""
+    if paths:
+        from ...look.result import check_place
+
+        for path in paths:
+            check_place(path)
+    return paths
+
+
 Out = Annotated[
     list[Path] | None,
-    typer.Option("--out", "-o", metavar="FILE", help="Write the answer too; the ending says as what: .png .svg .pdf .html .json .csv. Repeatable."),
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="FILE",
+        callback=_check_places,
+        help="Write the answer too; the ending says as what: .png .svg .pdf .html .json .csv. Repeatable.",
+    ),
 ]
 Rows = Annotated[int, typer.Option("--rows", min=1, help="Rows of the table that are printed; files hold all.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, ...; by default the file's (float16 becomes float32 on a CPU).")]
@@ -52,7 +71,7 @@ def open_loaded(model: str, device: str | None = None, dtype: str | None = None)
 
 def position_of(given: str | None) -> int | str | None:
     """``"3"`` and ``"-1"`` are numbers, all else is a word of the text."""
-    return given if given is None or not given.lstrip("-").isdigit() else int(given)
+    return int(given) if given is not None and re.fullmatch(r"-?[0-9]+", given) else given
 
 
 def target_of(given: list[str] | None) -> str | tuple[str, str] | None:

@@ -101,7 +101,7 @@ def axis(
     from ...core.errors import InputError
     from ...look.windows import read_file
 
-    lines = [line for line in read_file(file).splitlines() if line.strip()]
+    lines = [line for line in read_file(file).split("\n") if line.strip()]
     pairs = [tuple(line.split("\t") if "\t" in line else line.split()) for line in lines]
     for number, pair in enumerate(pairs, 1):
         if len(pair) != 2:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ...core.errors import InputError
 from .common import Device, Dtype, Model, Out, Rows, open_loaded, show
 
 Site = Annotated[list[str], typer.Option("--site", "-s", metavar="PATTERN", help="What is recorded, such as 'blocks.*.attn.pattern'. Repeatable.")]
@@ -32,5 +33,7 @@ def forecast(
 
 
 def bytes_of(budget: float | None) -> int | None:
-    """Gigabytes as bytes."""
-    return None if budget is None else int(budget * 1e9)
+    """Gigabytes as bytes. Raises :class:`InputError` for what is no such number."""
+    if budget is not None and not 0 < budget < 1e9:
+        raise InputError(f"--budget is a number of GB above 0, such as 2.5, but {budget:g} was given.")
+    return None if budget is None else max(1, int(budget * 1e9))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -41,8 +42,14 @@ def heads(
 
 
 def text_or_file(given: str) -> str | Path:
-    """A file if there is one of that name, else the text itself."""
+    """A file if there is one of that name, else the text itself. Raises :class:`InputError` for what can only be the name of a file that is not there."""
+    from ...core.errors import InputError
+
     try:
-        return Path(given) if Path(given).is_file() else given
+        if given and Path(given).exists():  # a folder too: what reads it says that it is none
+            return Path(given)
     except (OSError, ValueError):
         return given
+    if len(given.split()) == 1 and ("/" in given or re.fullmatch(r"\S+\.(txt|md|gz|xz|bz2|text|csv|tsv|json|jsonl|html)", given, re.IGNORECASE)):
+        raise InputError(f"There is no file {given!r}: give the path of a text file, or a text of several words.")
+    return given

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...core.errors import InputError, WeightsError
-from .common import Device, Dtype, Model, Out, Position, Rows, Source, Target, open_loaded, position_of, show, target_of
+from .common import Device, Dtype, Edits, Model, Out, Position, Rows, Source, Target, edits_of, open_loaded, position_of, show, target_of
 
 if TYPE_CHECKING:
     from ...look.tuned import TunedLens
@@ -36,6 +36,7 @@ def lens(
     rows: Rows = 40,
     dtype: Dtype = None,
     device: Device = None,
+    edits: Edits = None,
 ) -> None:
     """Read the stream at every depth with the model's own final norm and read-out (logit lens, or tuned lens)."""
     from ...look.lenses import logit_lens
@@ -43,7 +44,17 @@ def lens(
     loaded = open_loaded(model, device, dtype)
     maps = _tuned(loaded, model, tune, tuned)
     found = logit_lens(
-        loaded, text, of=of, norm=norm, words=words or (), positions=position_of(position), target=target_of(target), top=top, tuned=maps, source=source
+        loaded,
+        text,
+        of=of,
+        norm=norm,
+        words=words or (),
+        positions=position_of(position),
+        target=target_of(target),
+        top=top,
+        tuned=maps,
+        source=source,
+        tap=edits_of(edits, loaded),
     )
     show(found, out, rows)
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .common import Edits, edits_of
+
 
 def page(
     text: Annotated[str, typer.Argument(help="The text to look at.")],
@@ -17,11 +19,12 @@ def page(
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, ...; by default the file's (float16 becomes float32 on a CPU).")] = None,
     packed: Annotated[bool, typer.Option("--packed", help="Keep the quantised matrices of a .gguf file packed in memory.")] = False,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps; by default the best there is.")] = None,
+    edits: Edits = None,
 ) -> None:
     """Run a text through a model and write one self-contained HTML page: tokens, attention, predictions."""
     from ...look.page import write_page
     from ..models import open_model, tokenizer_of
 
     loaded = open_model(model, device, dtype, packed)
-    written = write_page(out, loaded.model, tokenizer_of(loaded, model), text, title=Path(model).name)
+    written = write_page(out, loaded.model, tokenizer_of(loaded, model), text, title=Path(model).name, tap=edits_of(edits, loaded))
     print(f"wrote {written} ({written.stat().st_size / 1e6:.1f} MB): open it in a browser")

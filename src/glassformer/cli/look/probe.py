@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,16 +64,17 @@ def probe(
 def _read(file: Path, per: str, numbers: bool, column: str, most: int | None) -> tuple[list[str], list[Any], str]:
     """Texts, labels, and what the labels belong to."""
     from ...core.errors import InputError
+    from ...look.conllu import read_conllu
     from ...look.subject import choose
     from ...look.windows import read_file
 
-    whole = read_file(file)
     if ".conllu" in file.suffixes:
-        texts, labels = _conllu(whole, column)
-        return texts[:most], labels[:most], "word"
+        sentences = list(islice(read_conllu(file), most))
+        # A word is what stands between spaces here, so the words are parted by spaces, not written as in the sentence's own text.
+        return [" ".join(w.replace(" ", "") for w in s.words) for s in sentences], [list(s.column(column)) for s in sentences], "word"
     choose(per, ("text", "word"), "place of labels")
     texts, labels = [], []
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(read_file(file).split("\n"), 1):
         if not line.strip():
             continue
         label, tab, text = line.partition("\t")
@@ -87,21 +89,3 @@ def _read(file: Path, per: str, numbers: bool, column: str, most: int | None) ->
         texts.append(text)
         labels.append(given if per == "word" else given[0])
     return texts[:most], labels[:most], per
-
-
-COLUMNS = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
-
-
-def _conllu(whole: str, column: str) -> tuple[list[str], list[Any]]:
-    """The sentences of a CoNLL-U file, their words parted by spaces, with one column as labels."""
-    from ...look.subject import choose
-
-    at = COLUMNS.index(choose(column, COLUMNS, "column"))
-    texts, labels = [], []
-    for sentence in whole.strip().split("\n\n"):
-        lines = [line.split("\t") for line in sentence.splitlines() if line and not line.startswith("#")]
-        words = [cells for cells in lines if cells[0].isdigit() and len(cells) == len(COLUMNS)]
-        if words:
-            texts.append(" ".join(cells[1].replace(" ", "") for cells in words))
-            labels.append([None if cells[at] == "_" else cells[at] for cells in words])
-    return texts, labels

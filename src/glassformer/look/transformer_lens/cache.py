@@ -10,6 +10,7 @@ from torch import Tensor
 
 from glassformer.core.errors import InputError, SiteError, did_you_mean
 
+from ..subject import choose
 from .names import get_act_name
 from .utils import Slice
 
@@ -33,6 +34,8 @@ class ActivationCache:
         """The full name that a key means."""
         if isinstance(key, str):
             return key if key in self.cache_dict else get_act_name(key)
+        if not isinstance(key, tuple | list) or not key:
+            raise InputError(f"An activation is named by a text or by a tuple such as ('pattern', 5), but {key!r} was given.")
         parts = list(key)
         if len(parts) > 1 and isinstance(parts[1], int) and parts[1] < 0:
             parts[1] += self.model.cfg.n_layers
@@ -92,8 +95,8 @@ class ActivationCache:
         n: int = self.model.cfg.n_layers
         if layer is None or layer == -1:
             return n
-        if not 0 <= layer <= n:
-            raise InputError(f"Layer {layer} was asked for, but the model has {n}: 0 to {n}, where {n} (or -1) is what the read-out reads.")
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= n:
+            raise InputError(f"Layer {layer!r} was asked for, but the model has {n}: 0 to {n}, where {n} (or -1) is what the read-out reads.")
         return layer
 
     def _whole(self) -> None:
@@ -136,6 +139,7 @@ class ActivationCache:
     ) -> Any:
         """What makes up the stream that enters ``layer``: embeddings, every attention and feed-forward output, [n b t d]; their sum is the stream."""
         self._whole()
+        choose(mode, ("all", "attn", "mlp"), "mode of decompose_resid()")
         layer, cut = self._until(layer), Slice(pos_slice)
         found, labels = [], []
         if incl_embeds:
@@ -288,9 +292,9 @@ class ActivationCache:
 
         The final norm's weight counts also where it is not folded into ``W_U``.
         """
-        direction = self.model.tokens_to_residual_directions(self._ids(tokens))
+        direction = self.model.tokens_to_residual_directions(tokens)
         if incorrect_tokens is not None:
-            wrong = self.model.tokens_to_residual_directions(self._ids(incorrect_tokens))
+            wrong = self.model.tokens_to_residual_directions(incorrect_tokens)
             if wrong.shape != direction.shape:
                 raise InputError(
                     f"tokens have shape {tuple(direction.shape[:-1])} and incorrect_tokens {tuple(wrong.shape[:-1])}: give one wrong token for each right one."
@@ -298,6 +302,3 @@ class ActivationCache:
             direction = direction - wrong
         scaled = self.apply_ln_to_stack(residual_stack, -1, pos_slice=pos_slice, batch_slice=batch_slice, has_batch_dim=has_batch_dim)
         return (scaled * (direction * self.model.ln_final.w)).sum(-1)
-
-    def _ids(self, tokens: Any) -> Tensor:
-        return torch.as_tensor(self.model.to_single_token(tokens) if isinstance(tokens, str) else tokens, device=self.model.cfg.device)

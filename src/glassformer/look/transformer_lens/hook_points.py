@@ -144,6 +144,8 @@ class Hooks(Tap):
             raise SiteError(f"The hook at {point.name!r} returned {described(type(new))}, but the value is a tensor: return one of the same shape, or None.")
         if new.shape != shown.shape:
             raise SiteError(f"The hook at {point.name!r} returned shape {tuple(new.shape)}, but the value has shape {tuple(shown.shape)}: keep the shape.")
+        if new.dtype != shown.dtype:
+            raise SiteError(f"The hook at {point.name!r} returned {new.dtype}, but the value is {shown.dtype}: return it as the value's type.")
         return new
 
     @staticmethod
@@ -175,6 +177,8 @@ def chosen(given: NamesFilter, known: dict[str, str], default: frozenset[str] | 
         return frozenset(known) if default is None else default
     if callable(given):
         return frozenset(n for n in known if given(n))
+    if not isinstance(given, str | Sequence):
+        raise SiteError(f"Hooks are chosen by a name, a list of names or a function of the name, but {described(type(given))} was given.")
     wanted = [given] if isinstance(given, str) else list(given)
     for name in wanted:
         if name not in known:

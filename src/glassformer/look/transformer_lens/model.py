@@ -22,6 +22,7 @@ from torch import Tensor
 from glassformer.core.errors import InputError, SiteError
 from glassformer.core.fields import described
 from glassformer.core.modes import evaluating
+from glassformer.core.numerics import device_named
 from glassformer.infer.session import position_limit
 from glassformer.models.transformer import TransformerModel
 from glassformer.weights.own import Loaded
@@ -34,7 +35,7 @@ from .config import config_of
 from .hook_points import Hook, HookPoint, Hooks, NamesFilter, Stop, chosen, none_of_them
 from .names import names_of
 from .parts import block_of, vectors
-from .tokens import TokenizerView, Tokens
+from .tokens import TokenizerView, Tokens, as_ids
 from .utils import lm_cross_entropy_loss
 
 FwdHooks = Sequence[tuple[Any, Callable[..., Any]]]
@@ -135,6 +136,11 @@ class HookedTransformer(Tokens):
         )
         if return_type not in ("logits", "loss", "both", None):
             raise InputError(f"return_type={return_type!r} is none of 'logits', 'loss', 'both' and None.")
+        for name, given in (("start_at_layer", start_at_layer), ("stop_at_layer", stop_at_layer)):
+            if given is not None and (isinstance(given, bool) or not isinstance(given, int)):
+                raise InputError(f"{name}={given!r}: a layer is a whole number.")
+        if start_at_layer is not None and not isinstance(input, Tensor):
+            raise InputError(f"With start_at_layer the input is the stream [b t d] that enters that layer, but {described(type(input))} was given.")
         x, tokens = (input, tokens) if start_at_layer is not None else (None, self._ids(input, prepend_bos))
         tap = _tap or Hooks(self._hooks, self.hook_dict, self.paths)
         tap.rows = (tokens if x is None else x).shape[0]  # type: ignore[union-attr]
@@ -219,7 +225,10 @@ class HookedTransformer(Tokens):
         self, fwd_hooks: FwdHooks = (), bwd_hooks: FwdHooks = (), reset_hooks_end: bool = True, clear_contexts: bool = False
     ) -> Iterator[HookedTransformer]:
         """These hooks for the length of a ``with``."""
-        before = list(self._hooks)
+        before, fwd_hooks, bwd_hooks = list(self._hooks), fwd_hooks or (), bwd_hooks or ()
+        for pair in (*fwd_hooks, *bwd_hooks):
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise InputError(f"Hooks are pairs of a name (or a filter) and a function, but {pair!r:.60} was given.")
         made = [self._made(name, fn, d) for d, hooks in (("fwd", fwd_hooks), ("bwd", bwd_hooks)) for name, fn in hooks]
         self._hooks = [*before, *made]
         try:
@@ -231,7 +240,9 @@ class HookedTransformer(Tokens):
                 self.clear_contexts()
 
     def _made(self, name: Any, fn: Callable[..., Any], direction: str, permanent: bool = False) -> Hook:
-        name = name if callable(name) or isinstance(name, str) else list(name)
+        name = list(name) if isinstance(name, tuple | set | frozenset) else name
+        if not callable(fn):
+            raise InputError(f"A hook is a function of (value, hook), but {described(type(fn))} was given.")
         wanted = chosen(name, self.paths)
         if not wanted:
             raise SiteError(none_of_them(list(self.paths), name, self.paths))
@@ -367,7 +378,11 @@ class HookedTransformer(Tokens):
 
     def tokens_to_residual_directions(self, tokens: Any) -> Tensor:
         """Columns of ``W_U`` for tokens: [.. d]."""
-        ids = torch.as_tensor(self.to_single_token(tokens) if isinstance(tokens, str) else tokens, device=self.W_U.device)
+        if isinstance(tokens, list | tuple) and any(isinstance(token, str) for token in tokens):
+            tokens = [self.to_single_token(token) if isinstance(token, str) else token for token in tokens]
+        ids = as_ids(self.to_single_token(tokens) if isinstance(tokens, str) else tokens).to(self.cfg.device)
+        if ids.is_floating_point() or (ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.cfg.d_vocab):
+            raise InputError(f"Token ids are whole numbers from 0 to {self.cfg.d_vocab - 1}, but {ids.flatten().tolist()[:8]} were given.")
         return self.W_U.T[ids[0] if ids.ndim == 1 and len(ids) == 1 else ids]
 
     def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Tensor:
@@ -387,6 +402,8 @@ class HookedTransformer(Tokens):
         """``||W1 W2|| / (||W1|| ||W2||)`` of ``"Q"``, ``"K"`` or ``"V"`` [l h l h], 0 where the second is not in a later layer; nothing is subtracted."""
         from ..circuits import composition_scores
 
+        if not isinstance(mode, str):
+            raise InputError(f"mode={mode!r} is none of 'Q', 'K' and 'V'.")
         found = composition_scores(self.model, fold=False)
         n, h = self.cfg.n_layers, self.cfg.n_heads
         return (found[mode.lower()] + found.baseline).nan_to_num(0.0).view(n, h, n, h)
@@ -400,7 +417,7 @@ class HookedTransformer(Tokens):
 
     def to(self, device: Any) -> HookedTransformer:
         """Move the model."""
-        self.model.to(device)
+        self.model.to(device if isinstance(device, torch.dtype) else device_named(device))
         self.cfg.device = next(self.model.parameters()).device
         return self
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from glassformer.core.errors import InputError
+from glassformer.core.fields import described
+
 from ..subject import feedforward_of
 
 ATTENTION = {
@@ -75,6 +78,8 @@ IN_MLP = ("pre", "post", "mid", "pre_linear")
 
 def get_act_name(name: str, layer: int | str | None = None, layer_type: str | None = None) -> str:
     """The full name of an activation: ``get_act_name("k", 6) == "blocks.6.attn.hook_k"``, ``get_act_name("pre5")``, ``get_act_name("scale", 4, "ln1")``."""
+    if not isinstance(name, str):
+        raise InputError(f"An activation is named by a text, such as 'pattern' or 'blocks.5.attn.hook_pattern', but {described(type(name))} was given.")
     if ("." in name or name.startswith("hook_")) and layer is None and layer_type is None:
         return name
     found = re.match(r"([a-z]+)(\d+)([a-z]?.*)", name)

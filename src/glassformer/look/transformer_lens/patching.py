@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from glassformer.core.errors import InputError
+from glassformer.core.fields import described
 
 from .names import get_act_name
 
@@ -84,10 +85,20 @@ def generic_activation_patch(
     made = torch.zeros(sizes, device=model.cfg.device)
     for index in itertools.product(*map(range, sizes)):
         name = get_act_name(activation_name, index[0])
+        if name not in clean_cache:
+            raise InputError(f"The clean cache holds no {name!r}, which is brought into the other run: make it with run_with_cache(clean_tokens).")
         clean = clean_cache[name]
+        if clean.ndim > 1 and clean.shape[1] != tokens.shape[1] and clean.shape[-1] != tokens.shape[1]:
+            raise InputError(
+                f"The clean cache's {name!r} has shape {tuple(clean.shape)}, but the corrupted run {tokens.shape[1]} positions: use texts of equal length."
+            )
         hook = lambda x, hook, i=index, c=clean: patch_setter(x, i, c)
         logits = model.run_with_hooks(begun["resid_pre", index[0]], start_at_layer=index[0], fwd_hooks=[(name, hook)])
-        made[index] = torch.as_tensor(patching_metric(logits)).item()
+        value = patching_metric(logits)
+        if not isinstance(value, int | float) and (not isinstance(value, Tensor) or value.numel() != 1):
+            got = tuple(value.shape) if isinstance(value, Tensor) else described(type(value))
+            raise InputError(f"The metric gave {got}, but one number for each run is kept: reduce it, for example with .mean().")
+        made[index] = float(value.detach() if isinstance(value, Tensor) else value)
     return made
 
 

@@ -10,8 +10,19 @@ import torch
 from torch import Tensor
 
 from glassformer.core.errors import InputError
+from glassformer.core.fields import described
 
 from ..subject import piece_of
+
+
+def as_ids(given: Any) -> Tensor:
+    """Token ids as a tensor. Raises :class:`InputError` for what are none."""
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"Token ids are a tensor, or lists of whole numbers of equal length, but {described(type(given))} was given: {given!r:.60}."
+        ) from error
 
 
 class TokenizerView:
@@ -69,6 +80,8 @@ class Tokens:
     ) -> Tensor:
         """Ids [b t] of a text or of several, filled up on the right; ``prepend_bos`` None: ``cfg.default_prepend_bos``."""
         tokenizer = self._need_tokenizer("A text")
+        if not isinstance(input, str) and not (isinstance(input, list | tuple) and all(isinstance(text, str) for text in input)):
+            raise InputError(f"to_tokens reads a text or a list of texts, but {described(type(input))} was given.")
         bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
         if bos and self.cfg.bos_id is None:
             raise InputError("prepend_bos was asked for, but this tokenizer has no token that begins a text: prepend_bos=False.")
@@ -87,7 +100,7 @@ class Tokens:
     def to_string(self, tokens: Any) -> Any:
         """The text of ids [t]; of [b t] a list of texts."""
         tokenizer = self._need_tokenizer("A text")
-        ids = torch.as_tensor(tokens)
+        ids = as_ids(tokens)
         if ids.ndim == 2:
             return [self.to_string(row) for row in ids]
         return tokenizer.decode([int(i) for i in ids.flatten()])
@@ -96,7 +109,7 @@ class Tokens:
         """The pieces of a text (or of ids) one by one; of several texts a list of lists."""
         if isinstance(input, list) and input and isinstance(input[0], str):
             return [self.to_str_tokens(text, prepend_bos) for text in input]
-        ids = self.to_tokens(input, prepend_bos)[0] if isinstance(input, str) else torch.as_tensor(input)
+        ids = self.to_tokens(input, prepend_bos)[0] if isinstance(input, str) else as_ids(input)
         ids = ids[0] if ids.ndim == 2 and ids.shape[0] == 1 else ids
         if ids.ndim > 1:
             raise InputError(f"to_str_tokens reads one row, but ids of shape {tuple(ids.shape)} were given.")
@@ -118,7 +131,7 @@ class Tokens:
 
     def get_token_position(self, single_token: str | int, input: Any, mode: str = "first", prepend_bos: bool | None = None) -> int:
         """Where a token stands in a text or in ids. Raises :class:`InputError` if it does not."""
-        ids = (self.to_tokens(input, prepend_bos) if isinstance(input, str) else torch.as_tensor(input)).flatten().tolist()
+        ids = (self.to_tokens(input, prepend_bos) if isinstance(input, str) else as_ids(input)).flatten().tolist()
         wanted = self.to_single_token(single_token) if isinstance(single_token, str) else int(single_token)
         if wanted not in ids:
             raise InputError(f"{single_token!r} does not stand among the {len(ids)} tokens.")
@@ -132,5 +145,5 @@ class Tokens:
             return self.to_tokens(input, prepend_bos)
         if not isinstance(input, Tensor | Iterable):
             raise InputError(f"A model reads a text, texts or token ids, but {input!r} was given.")
-        ids = torch.as_tensor(input, device=self.cfg.device)
+        ids = as_ids(input).to(self.cfg.device)
         return ids[None] if ids.ndim == 1 else ids

@@ -43,7 +43,10 @@ class Slice:
         """The choice from an axis of ``x``."""
         index: list[Any] = [builtins.slice(None)] * x.ndim
         index[dim] = self.slice
-        return x[tuple(index)]
+        try:
+            return x[tuple(index)]
+        except IndexError as error:
+            raise InputError(f"{self.slice!r} was asked for of an axis of size {x.shape[dim]}.") from error
 
     def __repr__(self) -> str:
         return f"Slice({self.slice})"

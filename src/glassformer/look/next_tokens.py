@@ -7,6 +7,7 @@ What changes when the text does is in :mod:`~glassformer.look.comparison`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from glassformer.core.errors import InputError
 from glassformer.core.numerics import wide
+from glassformer.core.tap import Tap
 
 from .figure import Theme, bars
 from .lenses import entropy
@@ -80,21 +82,24 @@ def candidates(
     positions: Positions = None,
     tokenizer: Tokenizer | None = None,
     source: Text | None = None,
+    tap: Tap | None = None,
 ) -> Candidates:
     """The ``k`` most probable tokens at one position (None: the last; in an encoder the mask token's place), ``p = softmax(logits / temperature)``.
 
-    A decoder's candidates follow the position, an encoder's stand at it. Raises :class:`InputError` for a model without scores over tokens, a temperature
+    A decoder's candidates follow the position, an encoder's stand at it. ``tap``: edits that hold meanwhile.
+    Raises :class:`InputError` for a model without scores over tokens, a temperature
     that is not above 0, and ``k`` below 1; ``k`` above the vocabulary gives all of it.
     """
-    s = read(model, text, tokenizer, source=source)
+    s = read(model, text, tokenizer, source=source, tap=tap)
     check_reads_tokens(s.stack, "candidates()")
     check_k(k)
-    if not temperature > 0:
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not temperature > 0:
         raise InputError(f"temperature={temperature}: logits are divided by it, so it is above 0; close to 0 only the most probable token is left.")
     at = s.position(positions)
-    _, every = s.run("resid_final")
+    _, every = s.run()
     logits = wide(every[at])
-    logp = (logits / temperature).log_softmax(-1)
+    # The best one at 0: divided by a very small number the others go to minus infinity, and none to plus infinity.
+    logp = ((logits.double() - logits.max()) / temperature).log_softmax(-1).to(logits.dtype)
     best = logp.topk(min(k, len(logp)))
     p = best.values.exp()
     return Candidates(
@@ -112,14 +117,20 @@ def candidates(
 
 
 def check_k(k: int) -> None:
-    if not isinstance(k, int) or k < 1:
+    """Raise :class:`InputError` unless ``k`` is a number of tokens."""
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise InputError(f"k={k!r}: at least 1 token is listed.")
+
+
+def joined(pieces: Sequence[str]) -> str:
+    """Pieces as running text."""
+    return "".join(p.replace("·", " ") for p in pieces) if any("·" in p for p in pieces) else " ".join(pieces)
 
 
 def quoted(s: Subject, at: int | None = None) -> str:
     """The text in quotes, up to a position; its end if it is long."""
     pieces = s.pieces if at is None or not s.causal else s.pieces[: at + 1]
-    text = "".join(p.replace("·", " ") for p in pieces) if any("·" in p for p in pieces) else " ".join(pieces)
+    text = joined(pieces)
     return f"“{text if len(text) <= 48 else '…' + text[-47:]}”"
 
 
