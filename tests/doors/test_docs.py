@@ -52,7 +52,11 @@ def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return gf.save(small.build(seed=0), tmp_path_factory.mktemp("books"), gf.Tokenizer.load(ROOT / "tests" / "data" / "books"))
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=pytest.mark.slow if p.parent.name == "look" else ()) for p in PAGES],  # those draw figures of a real size
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
 def test_snippets_run(path: Path, tmp_path: Path, books: Path) -> None:
     if not path.exists():
         pytest.skip(f"{path.name} does not exist")
@@ -101,7 +105,7 @@ def parse(line: str) -> dict[str, Any]:
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_command_lines_are_understood(path: Path) -> None:
     found = commands(path.read_text(encoding="utf-8"))
-    assert found or path.name != "README.md"
+    assert found or path != ROOT / "README.md"
     for number, line in found:
         try:
             parse(line)

@@ -93,15 +93,13 @@ def _place(s: Any, node: Any) -> int:
 
 
 def test_a_path_to_everything_is_the_whole_effect() -> None:
-    """The last layer's feed-forward has one way on, so its path to the logits is its patch; and a sender that reaches nothing changes nothing."""
+    """The last layer's feed-forward has one way on, so its path to the logits is its patch."""
     from glassformer.look.patching import activation_patch
 
     model, given = pair("gpt2")
     by_path = path_patch(model, **given, senders=["ffn 2", "2.1"], receivers="logits", normalise=False)
     by_patch = activation_patch(model, **given, site="ffn.out", by="layer", normalise=False)
     assert by_path["ffn 2"] == pytest.approx(float(by_patch.values[2]), abs=1e-5)
-    nothing = path_patch(model, **given, senders=["2.1"], receivers=["0.0.q"], normalise=False)
-    assert nothing["2.1"] == pytest.approx(nothing.corrupted, abs=1e-5)
 
 
 def test_mixed_receivers_and_the_logits() -> None:

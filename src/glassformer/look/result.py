@@ -97,7 +97,7 @@ class Result:
         made = Table(box=None, pad_edge=False)
         for i, name in enumerate(grid.columns):
             number = all(isinstance(r[i], int | float) or r[i] is None for r in grid.rows)
-            made.add_column(Text(name), justify="right" if number else "left", overflow="fold")
+            made.add_column(Text(name), justify="right" if number else "left", overflow="fold", min_width=min(len(name), 12))
         for row in shown:
             made.add_row(*(Text(written(c)) for c in row))
         # Title and notes stand around the table and not in it: within, they would be folded to its width.
