@@ -53,7 +53,7 @@ types: $(DEV) ## the type checker
 layers: $(DEV) ## imports go down only
 	$(BIN)/lint-imports
 
-quick: $(DEV) ## the fast tests (under 3 minutes)
+quick: $(DEV) ## the fast tests (8 minutes on two cores)
 	$(PYTEST) -m "not slow"
 
 slow: $(DEV) ## the slow tests
