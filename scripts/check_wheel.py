@@ -43,7 +43,7 @@ def main() -> int:
 def build(out: Path) -> Path:
     """The wheel of this repository."""
     say("building the wheel")
-    run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)])
+    run([sys.executable, "-m", "pip", "wheel", "-qq", "--disable-pip-version-check", "--no-deps", "--wheel-dir", str(out), str(ROOT)])
     (wheel,) = out.glob("*.whl")
     return wheel
 
@@ -64,7 +64,7 @@ def install(wheel: Path, environment: Path, torch: str) -> Path:
     say("installing it into an empty environment")
     run([sys.executable, "-m", "venv", str(environment)])
     scripts = environment / ("Scripts" if os.name == "nt" else "bin")
-    pip = [str(scripts / "python"), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+    pip = [str(scripts / "python"), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-compile"]  # most of it is never imported
     run([*pip, torch])
     run([*pip, str(wheel)])
     return scripts / "glassformer"

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import importlib
 import sys as _sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .core.door import door as _door
 
 if TYPE_CHECKING:
     from .core.cache import Cache as Cache
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
         CheckpointError as CheckpointError,
         DataError as DataError,
         GlassformerError as GlassformerError,
+        GlassformerWarning as GlassformerWarning,
         InputError as InputError,
         MaskError as MaskError,
         NotFinite as NotFinite,
@@ -150,6 +153,7 @@ _DOOR: dict[str, tuple[str, ...]] = {
     "core.numerics": ("seed_everything",),
     "core.errors": (
         "GlassformerError",
+        "GlassformerWarning",
         "SpecError",
         "InputError",
         "SiteError",
@@ -308,23 +312,8 @@ _DOOR: dict[str, tuple[str, ...]] = {
 _ROOMS = ("core", "text", "parts", "models", "weights", "tasks", "infer", "train", "look")
 _ROOMS_OF_PARTS = ("core", "parts", "models", "tasks", "infer", "train")
 _ASKED: list[bool] = []
-_ROOM_OF = {name: room for room, names in _DOOR.items() for name in names}
 
-__all__ = ["__version__", *_ROOM_OF]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _ROOM_OF:
-        value = getattr(importlib.import_module(f".{_ROOM_OF[name]}", __name__), name)
-    elif name in _ROOMS:
-        value = importlib.import_module(f".{name}", __name__)
-    else:
-        from .core.errors import did_you_mean
-
-        raise AttributeError(f"glassformer has no name {name!r}.{did_you_mean(name, __all__)}")
-    globals()[name] = value
-    _let_the_registry_ask()
-    return value
+__all__ = ["__version__", *(name for names in _DOOR.values() for name in names)]
 
 
 def _let_the_registry_ask() -> None:
@@ -335,5 +324,4 @@ def _let_the_registry_ask() -> None:
         spec.when_asked(lambda: [importlib.import_module(f".{room}", __name__) for room in _DOOR if room.split(".")[0] in _ROOMS_OF_PARTS])
 
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_ROOMS})
+__getattr__, __dir__ = _door(__name__, _DOOR, rooms=_ROOMS, opened=_let_the_registry_ask)

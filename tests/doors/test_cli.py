@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import glassformer
+import warm
 from glassformer.cli import app as cli
 
 SMALL = ["--set", "batch=2", "--set", "context=16", "--set", "model.d_model=16", "--set", "model.blocks.*.attention.n_heads=2", "--set", "evaluate_windows=2"]
@@ -118,14 +119,16 @@ def test_a_run_with_a_part_of_ones_own_goes_on_in_another_process(run, tmp_path:
         "    return gf.Recipe(gf.Decoder(vocab_size=7, d_model=8, blocks=(block,)), steps=1, batch=2, context=16, evaluate_windows=2, schedule=MyRate())\n"
     )
 
-    def train(*args: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(fresh("train", *args), capture_output=True, text=True, cwd=tmp_path, check=False)
+    def train(*args: str) -> Ended:
+        process = warm.Program(["-m", "glassformer", "train", *args], cwd=tmp_path)
+        out, err = process.communicate()
+        return Ended(process.wait(), out, err)
 
-    assert train("mine.py").returncode == 0
+    assert train("mine.py").code == 0
     (tmp_path / "mine.py").unlink()
     ended = train("runs/mine", "--resume", "--steps", "2")
-    assert ended.returncode == 0, ended.stderr
-    assert "trained 2 steps" in ended.stdout
+    assert ended.code == 0, ended.err
+    assert "trained 2 steps" in ended.out
     (tmp_path / "runs/mine/recipe.py").unlink()
     ended = run("train", "runs/mine", "--resume", "--steps", "3")
     assert ended.code != 0
@@ -134,9 +137,10 @@ def test_a_run_with_a_part_of_ones_own_goes_on_in_another_process(run, tmp_path:
 
 
 def test_a_prompt_that_is_not_utf8_is_named(trained: Path) -> None:
-    ended = subprocess.run(fresh("generate", str(trained), "-"), input="déjà".encode("latin-1"), capture_output=True, check=False)
-    assert ended.returncode != 0
-    assert b"Standard input is not UTF-8 text (byte 1 is 0xe9): convert it first." in b" ".join(ended.stderr.split())
+    process = warm.Program(["-m", "glassformer", "generate", str(trained), "-"], stdin="déjà".encode("latin-1"))
+    _, err = process.communicate()
+    assert process.returncode != 0
+    assert "Standard input is not UTF-8 text (byte 1 is 0xe9): convert it first." in " ".join(err.split())
 
 
 def test_generate_streams_the_prompt_and_its_continuation(run, trained: Path) -> None:
@@ -334,8 +338,9 @@ def test_an_interrupt_ends_with_130(run, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.slow
 def test_control_c_saves_the_run_and_says_how_to_go_on(run, tmp_path: Path) -> None:
-    command = fresh("train", "shakespeare_quick", "--steps", "100000", "--out", str(tmp_path / "run"), *SMALL)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = warm.Program(
+        ["-m", "glassformer", "train", "shakespeare_quick", "--steps", "100000", "--out", str(tmp_path / "run"), "--set", "compile=false", *SMALL]
+    )
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:

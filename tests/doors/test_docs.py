@@ -7,12 +7,9 @@ readers have a trained one. A block after ``<!-- not run: reason -->`` is only c
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ import pytest
 import typer
 
 import glassformer as gf
+import warm
 from glassformer.cli.app import app
 from glassformer.cli.recipe import read_recipe
 
@@ -66,8 +64,9 @@ def test_snippets_run(path: Path, tmp_path: Path, books: Path) -> None:
     text = path.read_text(encoding="utf-8")
     file = tmp_path / f"{path.stem}.py"
     file.write_text(program(text), encoding="utf-8")
-    done = subprocess.run([sys.executable, str(file)], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{path.relative_to(ROOT)} (same line numbers):\n{done.stderr[-2000:]}"
+    process = warm.Program([str(file)], cwd=tmp_path)
+    _, err = process.communicate()
+    assert process.returncode == 0, f"{path.relative_to(ROOT)} (same line numbers):\n{err[-2000:]}"
 
 
 def test_blocks_are_found_where_they_stand() -> None:

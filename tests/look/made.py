@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from glassformer.core.errors import TokenizerError
-from glassformer.look.gather import Card, Inside, Lens, Norms
+from glassformer.look.inside import Card, Inside, Lens, Norms
 from glassformer.look.shown import shown
 
 

@@ -15,6 +15,7 @@ from glassformer.look import attention_rollout, decompose, direct_logit_attribut
 from glassformer.look.linear import Frozen
 from glassformer.parts.feedforward import ClampedGated, Gated, Plain
 from look import zoo
+from look.once import commands_built_once  # noqa: F401  (a fixture)
 
 MORE: dict[str, Any] = {
     "tanh": gf.Decoder(zoo.V, zoo.D, (zoo.block(norm=gf.DynamicTanh(0.7), wiring=gf.PostNorm()),) * 2, final_norm=gf.DynamicTanh()),

@@ -12,17 +12,19 @@ import glassformer as gf
 from glassformer.cli import app as cli
 from glassformer.core.errors import InputError
 from glassformer.core.modes import evaluating
+from glassformer.look.changes import Scale, Zero
 from glassformer.look.comparison import compare, mean_gradient
+from glassformer.look.edits import Intervention, load_edits
 from glassformer.look.next_tokens import candidates
 from look import zoo
 
 ALL = list(zoo.SPECS)
 
 
-def logits_of(model, ids, source=None):
+def logits_of(model, ids, source=None, tap=None):
     first = () if source is None else (torch.tensor([source]),)
     with torch.no_grad(), evaluating(model):
-        return model(*first, torch.tensor([ids]))[0]
+        return model(*first, torch.tensor([ids]), tap=tap)[0]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -41,16 +43,33 @@ def test_candidates_are_the_models_own(name):
 
 def test_candidates_at_another_position_and_what_cannot_be():
     model, ids = zoo.model("gpt2"), zoo.ids()
-    assert torch.equal(candidates(model, ids, positions=3).ids, candidates(model, ids[:4]).ids)
+    assert torch.equal(candidates(model, ids, position=3).ids, candidates(model, ids[:4]).ids)
     for options, message in (
         ({"temperature": 0}, "temperature=0: logits are divided by it, so it is above 0"),
         ({"k": 0}, "k=0: at least 1 token is listed"),
-        ({"positions": [1, 2]}, "One position is needed, but 2 were given"),
+        ({"position": [1, 2]}, "One position is needed, but 2 were given"),
     ):
         with pytest.raises(InputError, match=message):
             candidates(model, ids, **options)
     with pytest.raises(InputError, match=r"candidates\(\) asks for scores over the vocabulary"):
         candidates(zoo.SPECS["gpt2"].replace(readout=gf.Classifier(3)).build(seed=0), ids)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "sandwich", "t5"])
+def test_edits_hold_in_both_runs_of_a_comparison(name):
+    """As direct runs with the same tap have it; the parts still sum to the change, for the edits are of parts."""
+    model, given = zoo.model(name), zoo.texts(name)
+    half = "decoder." if name == "t5" else ""
+    edits = Intervention("both", (Zero(f"{half}blocks.0.attn.z[1]"), Scale(f"{half}blocks.1.ffn.out", 2.0, positions="3:")))
+    other, source = zoo.ids(9, seed=3), given.get("source")
+    found = compare(model, given["text"], other, source=source, target=(3, 5), tap=edits.tap(model))
+    for which, ids in enumerate((given["text"], other)):
+        own = logits_of(model, ids, source, edits.tap(model))[-1]
+        torch.testing.assert_close(found.logits[which], own[found.ids])
+        assert found.values[which] == pytest.approx(float(own[3] - own[5]), abs=1e-5)
+    bare = compare(model, given["text"], other, source=source, target=(3, 5))
+    assert abs(bare.change - found.change) > 1e-3 and abs(found.rest) < 1e-4
+    assert float(found.heads[0, 1]) == 0 and float(bare.heads[0, 1]) != 0, "a head that is off carries nothing"
 
 
 @pytest.mark.parametrize("lengths", [(9, 9), (9, 5)])
@@ -170,7 +189,7 @@ def test_what_texts_share():
     assert (same.prefix, same.suffix, same.js, same.change) == (3, 0, 0.0, 0.0) and (same.heads == 0).all()
     other = compare(model, [1, 2], [3, 4, 5])
     assert other.pairs == () and other.aligned.shape == (4, 0)
-    bert = compare(zoo.model("bert"), zoo.ids(), zoo.ids(6), positions=2)
+    bert = compare(zoo.model("bert"), zoo.ids(), zoo.ids(6), position=2)
     assert bert.at == (2, 2)
 
 
@@ -203,7 +222,14 @@ def test_from_the_command_line(tmp_path: Path, capsys, monkeypatch):
     assert cli.main(["look", "candidates", "the old man", "--model", "m", "-k", "3", "--temperature", "2", "--out", "c.csv"]) == 0
     assert "at temperature 2" in capsys.readouterr().out and len(Path("c.csv").read_text().splitlines()) == 4
     assert cli.main(["look", "compare", "the old man", "the red fox", "--model", "m", "--target", "dog", "--target", "fox"]) == 0
-    assert "Logit of dog − fox" in capsys.readouterr().out
+    bare = capsys.readouterr().out
+    assert "Logit of dog − fox" in bare
+    Intervention("off", (Zero("blocks.0.attn.out"),)).save("off.json")
+    assert cli.main(["look", "compare", "the old man", "the red fox", "--model", "m", "--target", "dog", "--target", "fox", "--edits", "off.json"]) == 0
+    model = zoo.model("llama")
+    asked = compare(model, "the old man", "the red fox", target=("dog", "fox"), tokenizer=zoo.words(), tap=load_edits("off.json").tap(model))
+    edited = capsys.readouterr().out
+    assert edited != bare and f"a change of {asked.change:+.3g} = attention" in edited
     assert cli.main(["look", "candidates", "the old man", "--model", "m", "--temperature", "0"]) == 2
     assert "temperature=0" in capsys.readouterr().err
     assert cli.main(["look", "compare", "the old man", "the red fox", "--model", "m", "--position", "9"]) == 2

@@ -111,6 +111,23 @@ def test_what_cannot_be_reached_says_so() -> None:
         f(torch.zeros(1, 30, dtype=torch.long))
 
 
+@pytest.mark.parametrize(("kind", "most"), [("Roberta", 18), ("Bert", 20), ("Camembert", 16)])
+def test_positions_are_those_that_their_model_has(kind: str, most: int) -> None:
+    """RoBERTa's family counts positions from behind the padding's row, so a table of 20 (its published ones: 514) holds 18 (512)."""
+    padding = {"pad_token_id": 3} if kind == "Camembert" else {}
+    config = getattr(transformers, f"{kind}Config")(**SMALL, max_position_embeddings=20, **padding)
+    theirs = getattr(transformers, f"{kind}ForMaskedLM")(config).eval()
+    f = foreign(theirs)
+    assert f.max_positions == most
+    tokens = 5 + torch.arange(most)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(f(tokens), theirs(tokens).logits)
+        with pytest.raises((IndexError, RuntimeError)):
+            theirs(5 + torch.arange(most + 1)[None])
+    with pytest.raises(InputError, match=f"The text has {most + 1} tokens, but this {kind}ForMaskedLM has positions for {most}: give a shorter one"):
+        f(5 + torch.arange(most + 1)[None])
+
+
 def test_errors() -> None:
     with pytest.raises(InputError, match="foreign\\(model\\) opens a model of transformers, but"):
         foreign(torch.nn.Linear(2, 2))

@@ -18,9 +18,9 @@ def test_gradient_x_input_is_autograd_by_hand() -> None:
     x = made.embed.weight[ids][None].detach().requires_grad_()
     out = made(inputs_embeds=x)[0, 4]
     (grad,) = torch.autograd.grad(out[3] - out[5], x)
-    found = gradient_x_input(made, ids, (3, 5), positions=4)
+    found = gradient_x_input(made, ids, (3, 5), position=4)
     torch.testing.assert_close(found.values, (x * grad).sum(-1)[0].detach())
-    assert found.actual == pytest.approx(float(out[3] - out[5]), abs=1e-5) and found.error is None
+    assert found.actual == pytest.approx(float((out[3] - out[5]).detach()), abs=1e-5) and found.error is None
     assert (found.values[5:] == 0).all()  # a causal model does not read what comes later
 
 
@@ -66,10 +66,24 @@ def test_integrated_gradients_equal_a_fine_sum() -> None:
     torch.testing.assert_close(found.values, again.values, atol=1e-9, rtol=0)
 
 
-@pytest.mark.slow
 def test_zero_vectors_under_rms_norms_need_short_intervals() -> None:
+    """Nodes in the logarithm: the sum is the difference, in float64 to the tolerance, with far fewer gradients than halving needs."""
     found = integrated_gradients(zoo.model("llama", wide=False), zoo.ids(), 7)
     assert found.error is not None and found.steps > 32 and found.error < 1e-2 * abs(found.actual)
+    deep = integrated_gradients(zoo.model("llama", wide=False).double(), zoo.ids(), 7, tolerance=1e-5)
+    assert deep.error is not None and deep.baseline is not None and deep.error < 2e-5 * abs(deep.actual - deep.baseline)
+    assert deep.steps < 700
+    few = integrated_gradients(zoo.model("llama", wide=False), zoo.ids(), 7, steps=8, most=24)
+    assert few.steps <= 24 and few.error is not None and few.error > found.error
+
+
+def test_lines_from_zero_are_cut_by_ratio() -> None:
+    """The same integral by even steps in ln a, where one function of known integral stands for the model: atan(a / s) with a small s."""
+    model, ids = gf.Encoder(zoo.V, zoo.D, (), readout=gf.Vector(), final_norm=gf.NoNorm()).build(seed=0).double(), zoo.ids(3)
+    for size in (1e-9, 1e-3, 1.0):
+        found = integrated_gradients(model, ids, lambda v, s=size: torch.atan(v.sum(-1) / s), tolerance=1e-6)
+        assert found.error is not None and found.error < 1e-5 and found.steps < 500, size
+        assert found.sum == pytest.approx(found.actual, abs=1e-5)
 
 
 def test_a_function_of_the_output_and_classes() -> None:

@@ -127,7 +127,7 @@ def test_of_steering_vectors(arguments: tuple[Any, ...], options: dict[str, Any]
         ({"positions": 1.5}, "positions=1.5: a number (from there on)"),
         ({"positions": "x"}, "positions='x': a number (from there on)"),
         ({"positions": slice(0, 5, 0)}, "a slice goes forward"),
-        ({"tap": 1}, "so it takes no tap"),
+        ({"tap": 1}, "tap= sees or edits a pass, but a whole number was given"),
     ],
 )
 def test_of_steering(options: dict[str, Any], says: str) -> None:

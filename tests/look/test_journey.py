@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import re
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from glassformer.core.errors import InputError, SamplerError, SiteError
 from glassformer.core.tap import Record
 from glassformer.infer.links import Draw, Greedy, MinP, Penalties, Temperature, TopK, TopP
 from glassformer.look.journey_page import furthest, png
+from glassformer.look.journey_picture import additions, stations, stream_lengths
 from glassformer.look.journeys import Journey, journey
 from glassformer.parts.embed import LiftSum, LiftTokens, SqrtWidth
 from glassformer.parts.feedforward import ClampedGated, Gated, Plain
@@ -86,24 +89,31 @@ MORE: dict[str, Any] = {
 }
 
 
-def model(name: str) -> Any:
-    """A model of the zoo or of those above, with weights far from even."""
+@cache
+def model(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A model of the zoo or of those above, with weights far from even; each built once, for no journey changes it (a test below)."""
     if name in zoo.SPECS:
-        return zoo.model(name)
+        return zoo.model(name).to(dtype)
     zoo.SPECS[name] = MORE[name]
     try:
-        return zoo.model(name)
+        return zoo.model(name).to(dtype)
     finally:
         del zoo.SPECS[name]
 
 
+words = cache(zoo.words)
 NAMES = [*zoo.SPECS, *MORE]
 
 
 def made(name: str, double: bool = True, **rest: Any) -> Journey:
-    """A journey through that model."""
-    m = model(name)
-    return journey(m.double() if double else m, **zoo.texts(name), tokenizer=zoo.words(), **rest)
+    """A journey through that model; the plain one is shared by all tests that ask it."""
+    dtype = torch.float64 if double else torch.float32
+    return journey(model(name, dtype), **zoo.texts(name), tokenizer=words(), **rest) if rest else plain(name, dtype)
+
+
+@cache
+def plain(name: str, dtype: torch.dtype) -> Journey:
+    return journey(model(name, dtype), **zoo.texts(name), tokenizer=words())
 
 
 # Every step from its inputs
@@ -380,7 +390,7 @@ def test_every_step_follows_from_its_inputs_by_its_formula(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_steps_are_the_models_own_numbers_and_every_site_is_one(name):
     m, given = model(name), zoo.texts(name)
-    way = journey(m, **given, tokenizer=zoo.words())
+    way = made(name, double=False)
     record = Record("**")
     inputs = [torch.tensor([given[k]]) for k in ("source", "text") if k in given]
     with torch.no_grad():
@@ -421,7 +431,7 @@ def test_parts_by_name_by_place_and_by_word():
     assert torch.equal(way.values("blocks.1.attn.k", head=3), way["blocks.1.attn.k"].values[:, 1])  # two query heads share one
     with pytest.raises(SiteError, match=r"Head 4 was asked for at blocks\.1\.attn\.k, whose layer has 4 heads, 0 to 3\."):
         way.values("blocks.1.attn.k", head=4)
-    spoken = journey(zoo.model("llama"), "the old fox saw the dog", tokenizer=zoo.words())
+    spoken = text_way()
     assert torch.allclose(spoken.values("blocks.0.attn.pattern", head=0, position="dog", key="fox"), spoken["blocks.0.attn.pattern"].values[0, 5, 2])
     assert spoken.labels("blocks.0.attn.pattern") == {"position": list(spoken.pieces), "key": list(spoken.pieces)}
 
@@ -446,7 +456,7 @@ def test_only_what_is_asked_for_is_computed(monkeypatch):
 def test_little_is_held_for_a_long_text():
     m = zoo.model("llama")
     t = 1500
-    way = journey(m, zoo.ids(t), tokenizer=zoo.words())
+    way = journey(m, zoo.ids(t), tokenizer=words())
     streams = 4 * t * D * 4
     assert way.bytes <= 1.5 * streams + 1  # three streams and the last, no layer's insides
     assert way.values("blocks.2.attn.pattern", head=1, position=t - 1).shape == (t,)
@@ -456,7 +466,7 @@ def test_little_is_held_for_a_long_text():
 def test_blocks_held_are_bounded(monkeypatch):
     from glassformer.look import journey_run
 
-    way = made("gpt2", double=False)
+    way = journey(model("gpt2"), zoo.ids())
     monkeypatch.setattr(journey_run, "KEPT", 1)
     for i in (0, 1, 2, 0):
         assert way.values(f"blocks.{i}.attn.z").shape == (9, 4, 4)
@@ -501,7 +511,15 @@ def numbers(text: str) -> list[float]:
 
 
 def text_way(name: str = "llama", **rest: Any) -> Journey:
-    return journey(zoo.model(name), "the old fox saw the dog", tokenizer=zoo.words(), **rest)
+    return journey(model(name), SPOKEN, tokenizer=words(), **rest) if rest else spoken_way(name)
+
+
+SPOKEN = "the old fox saw the dog"
+
+
+@cache
+def spoken_way(name: str) -> Journey:
+    return journey(model(name), SPOKEN, tokenizer=words())
 
 
 def test_sentences_of_attention_are_what_the_numbers_say():
@@ -560,7 +578,7 @@ def test_sentences_of_rotation_experts_and_cross_attention():
     assert f"'dog' goes to experts {chosen[0]} and {chosen[1]};" in said(experts, "blocks.0.experts.chosen")
     weights = experts.values("blocks.0.experts.weights", position=-1)
     assert numbers(said(experts, "blocks.0.experts.weights"))[1::2] == pytest.approx(weights.tolist(), rel=6e-3)
-    pair = journey(zoo.model("t5"), "old fox", source="the dog ran home", tokenizer=zoo.words())
+    pair = journey(model("t5"), "old fox", source="the dog ran home", tokenizer=words())
     text = said(pair, "blocks.0.cross.pattern", head=2)
     assert pair.position == 2 and set(re.findall(r"to '(\w+)'", text)) <= {"the", "dog", "ran", "home"}
     assert said(pair, "encoder.tokens").startswith("The source is 4 tokens, 4 different; at position 3 stands 'home'")
@@ -602,14 +620,14 @@ def test_every_sentence_names_this_texts_tokens_and_no_number_is_missing(name):
 
 def test_one_token_alone():
     for name in ("llama", "bert", "experts"):
-        way = journey(zoo.model(name), [3])
+        way = journey(model(name), [3])
         assert len(way.ids) == 1 and all(s.meaning for s in way)
     assert way.plot().axes
 
 
 @pytest.mark.parametrize("name", ["llama", "t5", "shared", "odd"])
 def test_a_model_in_bfloat16(name):
-    rough, fine = (journey(m, **zoo.texts(name), tokenizer=zoo.words()) for m in (model(name).bfloat16(), model(name)))
+    rough, fine = journey(model(name, torch.bfloat16), **zoo.texts(name), tokenizer=words()), made(name, double=False)
     for step in rough:
         assert step.meaning and str(step.values.dtype) == f"torch.{step.dtype}", step.name
     assert torch.allclose(rough.values("blocks.0.resid_post"), fine.values("blocks.0.resid_post"), atol=0.5, rtol=0.1)
@@ -626,12 +644,20 @@ def test_it_shows_itself(tmp_path):
     for kind in ("png", "html", "json", "csv"):
         assert way.save(tmp_path / f"way.{kind}").stat().st_size > 1000
     page = (tmp_path / "way.html").read_text(encoding="utf-8")
-    assert page.count("<picture>") == 1 and "Layer 1" in page and "Layer 0" not in page
+    assert page.count('<section class="overview">') == 1 and "Layer 1" in page and "Layer 0" not in page
+    overview = page[page.index("<section") : page.index("</section>")]
+    lengths = torch.stack([way.values(name).norm(dim=-1) for _, name in stations(way)])
+    assert [float(x) for x in re.findall(r'title="([^"]+)"', overview)] == pytest.approx(lengths.flatten().tolist(), rel=6e-3)
+    assert re.findall(r"<span>([^<]+)</span>", overview) == list(way.pieces)
+    p = way.values("probabilities", position=-1).sort(descending=True).values[:8]
+    added = additions(way)
+    bars = [float(x) for x in re.findall(r'<td class="n">([^<]+)</td>', overview)]
+    assert bars[:2] == pytest.approx([float(added["attention"][0]), float(added["feed-forward"][0])], rel=6e-3)
+    assert bars[-8:] == pytest.approx((100 * p).tolist(), rel=6e-3)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "parallel", "albert", "bare", "latent"])
-def test_the_page_is_a_chapter_of_every_step(name, monkeypatch):
-    monkeypatch.setattr("glassformer.look.journey_page._figure", lambda _: "")
+def test_the_page_is_a_chapter_of_every_step(name):
     way = made(name, double=False)
     page = way.to_html()
     assert len(page) < 250_000 and page.count("<h3>") == len(way) and "<script" not in page
@@ -641,8 +667,6 @@ def test_the_page_is_a_chapter_of_every_step(name, monkeypatch):
 
 
 def test_stations_and_additions_of_the_figure():
-    from glassformer.look.journey_picture import additions, stations, stream_lengths
-
     way = text_way("gpt2")
     assert [n for _, n in stations(way)][:3] == ["blocks.0.resid_pre", "blocks.0.resid_mid", "blocks.0.resid_post"]
     assert torch.allclose(stream_lengths(way)[1], way.values("blocks.0.resid_mid").norm(dim=-1))
@@ -669,7 +693,7 @@ def test_small_pictures():
 
 def test_a_text_that_is_no_text():
     with pytest.raises(InputError, match=r"The text has 0 tokens, but at least 1 is looked at: give some text\."):
-        journey(zoo.model("llama"), "", tokenizer=zoo.words())
+        journey(zoo.model("llama"), "", tokenizer=words())
     with pytest.raises(InputError, match=r"The text has 65 tokens, but this model has positions for 64: give a shorter one"):
         journey(zoo.model("gpt2"), zoo.ids(65))
 
@@ -723,13 +747,23 @@ def test_a_journey_changes_nothing():
     assert not way["logits"].values.requires_grad and dataclasses.is_dataclass(way)
 
 
-@pytest.mark.slow
-def test_a_model_that_lends_only_its_activations():
-    from transformers import GPT2Config, GPT2LMHeadModel
+class Theirs(torch.nn.Module):
+    """As much of a model of transformers as is asked before it is run: importing the library takes longer than all other tests of this file."""
 
+    config = SimpleNamespace(hidden_size=D, vocab_size=V, num_hidden_layers=1, num_attention_heads=2, is_decoder=True, architectures=None)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.h = torch.nn.Embedding(V, D), torch.nn.ModuleList([torch.nn.ModuleDict({"attn": torch.nn.Linear(D, D)})])
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.wte
+
+
+def test_a_model_that_lends_only_its_activations():
     from glassformer.look import foreign
 
-    lent = foreign(GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=D, n_layer=1, n_head=2, n_positions=16)))
+    lent = foreign(Theirs())
     with pytest.raises(InputError, match=r"A journey reads the model's matrices, .* open its checkpoint with gf\.load\(folder\)\."):
         journey(lent, [1, 2, 3])
 
@@ -741,7 +775,7 @@ def test_command(tmp_path, capsys):
     from glassformer.cli.app import main
 
     zoo_model = zoo.model("llama")
-    gf.save(zoo_model, tmp_path / "m", tokenizer=zoo.words())
+    gf.save(zoo_model, tmp_path / "m", tokenizer=words())
     out = tmp_path / "way.csv"
     main(["look", "journey", "the old fox", "--model", str(tmp_path / "m"), "--layer", "1", "--head", "2", "--top-k", "5", "--seed", "1", "--out", str(out)])
     shown = capsys.readouterr().out

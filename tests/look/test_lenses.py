@@ -171,7 +171,7 @@ def test_it_shows_itself(tmp_path: Path):
     found = logit_lens(zoo.model("llama"), "the old man saw a red fox", tokenizer=tokenizer, words=["fox", "dog"], target=("fox", "dog"))
     assert torch.equal(found.rank("fox"), found.rank(tokenizer.encode("fox")[0]))
     text = str(found)
-    assert "Logit lens: the stream after each block" in text and "Entropy and KL in bits." in text
+    assert "Logit lens: the stream after each block" in text and "Entropy and KL in bits, " in text
     assert found.grid().columns[-5:] == ("rank 'fox'", "p 'fox'", "rank 'dog'", "p 'dog'", "logit fox − dog")
     assert found.best("output", -1)[0][0] == found.vocabulary[int(found.choice[-1])]
     assert found.grid().rows[0][0] == 6 and len(found.grid().rows) == 7 * 4

@@ -91,6 +91,15 @@ def test_matrices_act_as_the_sites_say(name: str) -> None:
         assert torch.allclose(w.W_pos[:9], tap["pos_embed"])
 
 
+def test_a_view_says_in_one_line_what_it_is() -> None:
+    w = weights(zoo.model("llama"))
+    assert repr(w) == "Weights of a Decoder: 3 layers of 4 heads, d_model 16, 31 tokens (as the model has them)"
+    assert repr(w.view(fold_norms=True, centre_readout=True)).endswith("(fold_norms, centre_readout)")
+    assert repr(w.folded.plain) == repr(w) and str(w) == repr(w)
+    cross = weights(zoo.model("t5")).cross
+    assert "cross-attention" in repr(cross) and cross.folded.kind == "cross" and not torch.equal(cross.folded.W_Q[1], weights(zoo.model("t5")).folded.W_Q[1])
+
+
 def test_cross_attention_has_the_same_names() -> None:
     model = zoo.model("t5").double()
     tap = gf.Record("decoder.blocks.*.cross.**")

@@ -15,7 +15,7 @@ import pytest
 
 from glassformer.core.errors import InputError
 from glassformer.look import gather, page, render, write_page
-from glassformer.look.page import data, pack, unpack
+from glassformer.look.pages import data, pack, unpack
 from glassformer.models.presets import preset
 from glassformer.text import train
 from look.made import Letters, made

@@ -18,6 +18,7 @@ from glassformer.look.patching import activation_patch, attribution_patch, corre
 from glassformer.look.subject import feedforward_of, read
 from glassformer.look.tracing import causal_trace
 from look import zoo
+from look.once import commands_built_once  # noqa: F401  (a fixture)
 
 TARGET = (3, 7)
 CLEAN, BAD = zoo.ids(7, 0), zoo.ids(7, 5)
@@ -88,6 +89,37 @@ def test_axes_sites_and_metrics() -> None:
     torch.testing.assert_close(small.values, z, atol=1e-4, rtol=1e-4)
     for shown in (three, small):
         assert "1 is the clean run" in str(shown) and shown.plot() is not None
+
+
+def test_the_answer_says_which_number_it_is() -> None:
+    """One target: its logit. Two: their difference, on the scale of the two runs."""
+    model, rest = zoo.model("llama"), given("llama")
+    pair = activation_patch(model, **rest, site="z")
+    assert pair.metric == "logit difference of ‹3› − ‹7›" and pair.title.endswith("logit difference of ‹3› − ‹7›")
+    assert pair.grid().columns[-1] == "logit difference, normalised"
+    one = activation_patch(model, **(rest | {"target": 3}), site="z", normalise=False)
+    assert one.title.endswith("(denoise): logit of ‹3›") and one.grid().columns[-1] == "logit"
+    torch.testing.assert_close(one.values, activation_patch(model, **(rest | {"target": 3}), site="z", metric="logit", normalise=False).values)
+    with torch.no_grad():
+        ends = [diff(model(torch.tensor([t]))) for t in (BAD, CLEAN)]
+    plain = activation_patch(model, **rest, site="z", normalise=False)
+    torch.testing.assert_close(pair.values, (plain.values - ends[0]) / (ends[1] - ends[0]), atol=1e-4, rtol=1e-4)
+    bits = activation_patch(model, **rest, site="resid_post", by="layer", metric="kl", normalise=False)
+    assert bits.grid().columns[-1] == "KL from the clean run, bits"
+    with torch.no_grad():
+        p, q = (model(torch.tensor([t]))[0, -1].double().log_softmax(-1) for t in (CLEAN, BAD))
+    assert bits.corrupted == pytest.approx(float((p.exp() * (p - q) / torch.tensor(2.0).double().log()).sum()), rel=1e-5)
+
+
+def test_where_both_runs_give_the_same_number_the_reason_is_said() -> None:
+    model, late = zoo.model("gpt2"), [*CLEAN[:4], BAD[4] if BAD[4] != CLEAN[4] else 1, *CLEAN[5:]]
+    for change, says in (
+        ({"corrupted": CLEAN}, "there is nothing to restore: give two texts that differ"),
+        ({"corrupted": late, "position": 2}, "read at position 2, which does not see position 4, where the texts differ first: give position=4 or a later one"),
+        ({"metric": lambda x: 0 * x[:, 0]}, "name a target that the texts decide differently, or give normalise=False"),
+    ):
+        with pytest.raises(InputError, match=says):
+            activation_patch(model, **(given("gpt2") | change))
 
 
 def test_known_names() -> None:
@@ -182,6 +214,15 @@ def test_a_block_away_is_a_model_without_it() -> None:
         assert float(found.logit[0]) == pytest.approx(diff(model(torch.tensor([text]))), abs=1e-5), name
 
 
+def test_divergence_is_in_bits() -> None:
+    model, text = zoo.model("gpt2"), zoo.ids(7)
+    found = ablate(model, text, "attn 1", target=TARGET)
+    with torch.no_grad():
+        p, q = (model(torch.tensor([text]), tap=t)[0, -1].double().softmax(-1) for t in (None, Edit("blocks.1.attn.out", torch.zeros_like)))
+    assert float(found.kl[0]) == pytest.approx(float((p * (p / q).log2()).sum()), rel=1e-4)
+    assert "KL, bits" in found.grid().columns and "KL, bits" in ablate_heads(model, text).grid().columns
+
+
 def test_means_and_samples() -> None:
     model, texts = zoo.model("llama").double(), [zoo.ids(6, 2), zoo.ids(8, 3)]
     text = zoo.ids(7)
@@ -219,7 +260,7 @@ def test_notation_of_parts() -> None:
         ("0.9", "zero", SiteError, "Head 0.9 was asked for, but layer 0 has 4 heads, 0 to 3"),
         ("9.0", "zero", SiteError, "Layer 9 was asked for, but the model has 3 layers"),
         ("ffn 1.99", "zero", SiteError, "Unit 1.99 was asked for, but the feed-forward layer 1 has 24 units"),
-        ("the third", "zero", SiteError, "'the third' names no part: write '5.1'"),
+        ("the third", "zero", SiteError, "'the third' names no part: write '2.0'"),
         ("cross 0.1", "zero", SiteError, "names cross-attention, but layer 0 of this model has none"),
         ([], "zero", InputError, "Nothing to take away was named"),
         ("0.1", "off", InputError, "'off' is no way to ablate"),

@@ -147,7 +147,7 @@ def test_edge_attribution_leaves_out_what_has_no_way() -> None:
         (["9.0"], "logits", "Layer 9 was asked for, but the model has 3 layers"),
         (["0.7"], "logits", "Head 0.7 was asked for, but layer 0 has 4 heads"),
         (["0.1.q"], "logits", "is an input; a sender is a head's output: write '0.1'"),
-        (["what"], "logits", "'what' is no sender: write '5.1'"),
+        (["what"], "logits", "'what' is no sender: write '2.0', 'ffn 0' or 'embed'"),
         (["0.1"], ["embed"], "'embed' is no receiver"),
         (["cross 0.1"], "logits", "names cross-attention, which this model has none of"),
     ],

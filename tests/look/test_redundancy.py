@@ -10,7 +10,8 @@ import torch
 
 import glassformer as gf
 from glassformer.core.errors import InputError
-from glassformer.look.redundancy import _js, _Loss, head_redundancy
+from glassformer.look.head_loss import Loss
+from glassformer.look.redundancy import _js, head_redundancy
 from glassformer.look.windows import Reading
 from look import planted, zoo
 
@@ -71,13 +72,37 @@ def test_curves_are_those_of_a_loop() -> None:
     assert torch.allclose(found.curves[:, -1], found.curves[0, -1].expand(3)) and torch.allclose(found.curves[:, 0], found.curves[0, 0].expand(3))
 
 
+def test_it_is_said_which_loss_is_which() -> None:
+    model, texts = zoo.model("gpt2"), [zoo.ids(12, 1), zoo.ids(10, 2)]
+    found = head_redundancy(model, texts, points=5, random_orders=1)
+    with torch.no_grad():
+        learnt, judged = (loss_of(model, t) for t in texts)
+        without = model(torch.tensor([texts[0]]), tap=gf.Edit("blocks.1.attn.z[2]", lambda z: 0 * z))[0].double()
+    assert found.held_out and found.whole == pytest.approx(learnt, abs=1e-5) and found.least == pytest.approx(judged, abs=1e-5)
+    grid = found.grid()
+    row = dict(zip(grid.columns, next(r for r in grid.rows if r[0] == "1.2"), strict=True))
+    alone = float(torch.nn.functional.cross_entropy(without[:-1], torch.tensor(texts[0][1:])))
+    assert row["loss without it"] == pytest.approx(alone, abs=1e-5) and row["more than whole"] == pytest.approx(alone - learnt, abs=1e-5)
+    assert f"Whole model: {found.whole:.4g}; without it: with that one head off." in grid.note
+    assert f"on other windows than importance was measured on; whole model there: {found.least:.4g}." in grid.note
+    curve = found.curves[0]
+    assert "Loss without the first 3, 6, 9, 12 of 12 heads (the least important first, or in random order), on other windows" in grid.note
+    assert "\n  by Taylor: " + ", ".join(f"{float(curve[p]):.4g}" for p in (1, 2, 3, 4)) + "\n" in grid.note
+    figure = found.plot()
+    *_, one, several = (a for a in figure.axes if a.get_ylabel())
+    assert f"whole model's ({found.whole:.3g})" in one.get_ylabel() and "without the head" in one.get_ylabel()
+    assert several.get_title(loc="left") == "several heads off, the least important first, or at random" and several.get_xlabel() == "heads off, of 12"
+    assert [t.get_text() for t in several.texts] == [f"whole model {found.least:.3g}"]
+
+
 def test_small_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is held at once is bounded by numbers, not by rows: one window and one ablation at a time give the same."""
-    from glassformer.look import redundancy
+    from glassformer.look import head_loss, redundancy
 
     model, texts = zoo.model("gpt2"), [zoo.ids(12, 1), zoo.ids(10, 2), zoo.ids(7, 3)]
     whole = head_redundancy(model, texts, points=3)
-    monkeypatch.setattr(redundancy, "NUMBERS", 1)
+    for module in (redundancy, head_loss):
+        monkeypatch.setattr(module, "NUMBERS", 1)
     parts = head_redundancy(model, texts, points=3)
     for name in ("pattern_distance", "output_correlation", "exact", "curves"):
         assert torch.allclose(getattr(whole, name), getattr(parts, name), atol=1e-5, equal_nan=True), name
@@ -134,19 +159,16 @@ def test_a_model_without_scores_drifts() -> None:
     assert "drift" in found.loss and found.least == pytest.approx(0, abs=1e-6) and (found.taylor > 0).all() and (found.exact >= -1e-6).all()
 
 
-def test_the_length_of_the_derivative() -> None:
+def test_the_length_of_the_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many random directions agree with differences of the output."""
-    from glassformer.look import redundancy
+    from glassformer.look import head_loss
 
     model = zoo.SPECS["bert"].replace(readout=gf.Vector()).build(seed=1).double().eval()
     reading = Reading(model, [zoo.ids(8)])
-    loss = _Loss(reading, torch.Generator().manual_seed(0))
+    loss = Loss(reading, torch.Generator().manual_seed(0))
     (window,) = reading.windows()
-    redundancy_directions, redundancy.DIRECTIONS = redundancy.DIRECTIONS, 400
-    try:
-        found = loss.taylor([window])
-    finally:
-        redundancy.DIRECTIONS = redundancy_directions
+    monkeypatch.setattr(head_loss, "DIRECTIONS", 200)
+    found = loss.taylor([window])
     ends = []
     for step in (-1e-3, 1e-3):
         gates = torch.ones(1, 12)
@@ -161,7 +183,7 @@ def test_hidden_tokens() -> None:
     words = zoo.words()
     assert words.mask_id is None
     reading = Reading(spec.build(seed=0).eval(), [zoo.ids(20)], words)
-    loss = _Loss(reading, torch.Generator().manual_seed(0))
+    loss = Loss(reading, torch.Generator().manual_seed(0))
     loss.mask, (window,) = 3, reading.windows()
     ids = list(window.ids)
     hidden = loss._hidden(window)

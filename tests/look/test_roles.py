@@ -12,7 +12,9 @@ import torch
 
 import glassformer as gf
 from glassformer.core.errors import InputError, SiteError
-from glassformer.look.gather import head_figures
+from glassformer.look import role_scores
+from glassformer.look.forecasting import _Alive
+from glassformer.look.inside import head_figures
 from glassformer.look.roles import DEFINITIONS, RELATIONS, ROLES, head_roles, relations
 from look import planted, zoo
 
@@ -183,6 +185,48 @@ def test_groups_of_heads_and_padding_change_nothing(monkeypatch: pytest.MonkeyPa
     assert torch.allclose(whole.texts[:, 0], previous, atol=1e-5)
 
 
+@pytest.mark.parametrize("numbers", [1, 400, 5000])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_some_queries_at_a_time_are_all_of_them(name: str, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, texts = zoo.model(name), [zoo.ids(23, 1), zoo.ids(9, 2)]
+    whole = head_roles(model, texts, repeats=2)
+    monkeypatch.setattr(role_scores, "AT_ONCE", numbers)  # one query, a few, and a row in two parts
+    parts = head_roles(model, texts, repeats=2)
+    for field in ("texts", "repeats", "texts_even", "repeats_even", "entropy", "distance", "entropy_rest", "distance_rest"):
+        assert torch.allclose(getattr(parts, field), getattr(whole, field), rtol=1e-5, atol=1e-7, equal_nan=True), field
+    ids = torch.tensor(texts[0])
+    assert torch.equal(torch.cat([relations(ids, slice(i, i + 4)) for i in range(0, 23, 4)], 1), relations(ids))
+
+
+def test_beside_a_pattern_stands_less_than_the_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The targets of nine roles on 200 tokens as float64 would take 2.9 MB, the weights of four heads take 1.3."""
+    t, h = 200, 4
+    pattern = torch.rand(h, t, t, dtype=torch.float64).tril()
+    pattern /= pattern.sum(-1, keepdim=True)
+    visible, ids = torch.ones(t, t, dtype=torch.bool).tril(), torch.randint(30, (t,))
+    most = {}
+    for numbers in (2**12, 2**30):
+        monkeypatch.setattr(role_scores, "AT_ONCE", numbers)
+        with _Alive() as seen:
+            role_scores.Tally(h, t).add(slice(0, h), pattern, visible, lambda queries: relations(ids, queries), t)
+        most[numbers] = seen.most
+    assert most[2**12] < pattern.nbytes / 2 and most[2**30] > 3 * pattern.nbytes
+
+
+def test_targets_of_many_tokens_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[slice] = []
+    plain = role_scores.relations
+    monkeypatch.setattr(role_scores, "relations", lambda ids, queries: made.append(queries) or plain(ids, queries))
+    model = zoo.model("gpt2")  # three layers
+    kept = head_roles(model, repeats=1, length=8).scores
+    assert made == [slice(0, 16)]
+    made.clear()
+    monkeypatch.setattr(role_scores, "AT_ONCE", 9 * 16 * 8)
+    monkeypatch.setattr(role_scores, "KEPT", 9 * 16**2 - 1)
+    assert torch.allclose(head_roles(model, repeats=1, length=8).scores, kept, atol=1e-6, equal_nan=True)
+    assert made == [slice(0, 8), slice(8, 16)] * 3
+
+
 def test_targets_of_a_repeated_row() -> None:
     found = relations(torch.tensor([9, 1, 2, 3, 1, 2, 3]))
     induction = found[RELATIONS.index("induction")].nonzero().tolist()
@@ -195,9 +239,32 @@ def test_shows_itself(tmp_path: Path) -> None:
     found = head_roles(planted.planted(CIRCUIT), some_ids(30, 1))
     text = str(found)
     assert "induction" in text and "An even head gets" in text and "Roles of 8 heads on 30 tokens of text" in text
-    for suffix in ("png", "html", "json", "csv"):
+    for suffix in ("html", "json", "csv"):  # the page draws it in light and in dark
         assert found.save(tmp_path / f"a.{suffix}").stat().st_size > 500
     assert found.to_dict()["definitions"] == DEFINITIONS
+
+
+def test_the_table_of_one_role() -> None:
+    found = head_roles(planted.planted(CIRCUIT), some_ids(50, 1))
+    only = found.only("previous", 0.05)
+    column = only.grid().columns.index("previous")
+    rows = only.grid().rows
+    excess = found.excess[:, ROLES.index("previous")]
+    assert [r[0] for r in rows][:2] == ["0.0", "1.3"] and {r[0] for r in rows} == {h for h, e in zip(found.heads, excess.tolist(), strict=True) if e >= 0.05}
+    assert [r[column] for r in rows] == sorted((r[column] for r in rows), reverse=True) and len(rows) == 3  # the local head is on the way
+    assert "3 of 8 heads come at least 0.05 of the way from an even head to all weight on the target, the highest score first." in only.grid().note
+    assert only.title.startswith("The role 'previous' of 8 heads") and [r[0] for r in found.only("previous").grid().rows] == ["0.0", "1.3"]
+    assert [r[0] for r in found.only("uniform").grid().rows] == ["0.3"] and "at least 0.9 of the largest entropy" in found.only("uniform").grid().note
+    assert "0.2" in [r[0] for r in found.only("same", 0.01).grid().rows]  # it is named by the narrower role, and comes as far in the wider one
+    nothing = head_roles(planted.planted([["even", "first"]])).only("induction")
+    assert nothing.grid().rows == () and "No head of 2 comes 0.5 of the way" in nothing.grid().note
+    assert re.search(r"the nearest is 0\.\d with -?\S+: take a lower threshold to see it\.", nothing.grid().note)
+    assert "No head can hold 'next' here (weight on the position after" in nothing.only("next").grid().note
+    assert nothing.plot().axes
+    with pytest.raises(InputError, match=r"'inducton' is no role"):
+        found.only("inducton")
+    with pytest.raises(InputError, match=r"threshold=True: it is a share"):
+        found.only("induction", True)
 
 
 def test_mistakes_are_named() -> None:
@@ -233,7 +300,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         == 0
     )
     out = capsys.readouterr().out
-    assert "Roles of 12 heads on 16 tokens of text" in out and re.search(r"previous, at 0\.3 or more: ", out) and (tmp_path / "a.svg").is_file()
+    assert "The role 'previous' of 12 heads on 16 tokens of text" in out and (tmp_path / "a.svg").is_file()
+    assert re.search(
+        r"previous: weight on the position before \(t-1\)\. (No head of 12 comes|\d+ of 12 heads come at least) 0\.3 of the way", " ".join(out.split())
+    )
+    for threshold, said in (("2", "threshold=2.0: it is a share of the way"), ("0.4", "--threshold 0.4 says from where on a head holds a role")):
+        assert main(["look", "heads", "-m", str(folder), "--threshold", threshold]) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
     assert main(["look", "heads", "-m", str(folder)]) == 0
     assert "All measured on repeated random tokens" in " ".join(capsys.readouterr().out.split())
     assert main(["look", "heads", "-m", str(folder), "novle.txt"]) == 2

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import tempfile
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -86,6 +88,36 @@ def test_wordpiece_takes_the_longest_that_fits() -> None:
 def test_special_tokens_are_tokens_of_their_own() -> None:
     found = segment(tokenizer("bpe"), "the end<|end|>the")
     assert [w.note for w in found.words if w.text == "<|end|>"] == ["a token of its own"]
+
+
+@pytest.mark.parametrize(
+    "marks", [{"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}, {"single_word": True}, {"single_word": True, "lstrip": True}]
+)
+@given(st.lists(st.sampled_from(["<|end|>", " ", "  ", "\n", "the", "dead", "."]), min_size=1, max_size=9))
+@settings(max_examples=40, deadline=None)
+def test_special_tokens_that_take_the_space_beside_them(marks: dict[str, bool], parts: list[str]) -> None:
+    made = marked(tuple(marks.items()))
+    found = segment(made, "".join(parts))
+    assert [i for w in found.words for i in w.ids] == made.encode("".join(parts))
+    assert [o for w in found.words for o in w.offsets] == [(p.start, p.end) for p in made.offsets("".join(parts))]
+
+
+@lru_cache
+def marked(marks: tuple[tuple[str, bool], ...]) -> gf.Tokenizer:
+    """The same tokenizer, whose special token has these marks."""
+    config = json.loads(tokenizer("bpe").library.to_str())
+    config["added_tokens"] = [{**t, **dict(marks)} for t in config["added_tokens"]]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.json"
+        path.write_text(json.dumps(config), encoding="utf-8")
+        return gf.Tokenizer.load(path)
+
+
+def test_a_special_token_takes_its_space_along() -> None:
+    found = segment(marked((("lstrip", True), ("rstrip", True))), "the  <|end|> dead")
+    assert [w.text for w in found.words if w.note] == ["  <|end|> "]
+    whole = segment(marked((("single_word", True),)), "the<|end|>dead")
+    assert not any(w.note == "a token of its own" for w in whole.words)
 
 
 def test_what_is_said_and_drawn(tmp_path) -> None:

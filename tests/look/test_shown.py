@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from glassformer.look.page import shown_line, shown_text
+from glassformer.look.pages import shown_line, shown_text
 from glassformer.look.shown import shown
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from glassformer.core.errors import InputError, SiteError
+from glassformer.core.errors import InputError, SiteError, WeightsError
 from glassformer.core.tap import Edit, Record
 from glassformer.infer.generate import generate
+from glassformer.look.edits import load_edits
 from glassformer.look.steering import SteeringVector, steer, steering_vector
 from glassformer.look.subject import read
 from look import zoo
@@ -54,6 +56,78 @@ def test_an_addition_is_an_edit() -> None:
         torch.testing.assert_close(model(tokens, tap=vector.tap(2, [3, 4, 5])), model(tokens, tap=vector.tap(2, 3)))
         rows = SteeringVector(torch.stack([vector.vector, 0 * vector.vector, vector.vector]), 1)
         torch.testing.assert_close(model(tokens, tap=rows.tap(1, 2)), model(tokens, tap=vector.tap(1, [2, 4])))
+
+
+def test_a_vector_says_what_it_is() -> None:
+    model = zoo.model("llama")
+    vector = steering_vector(model, "the old man", ["a red fox", "a big dog"], 1, tokenizer=zoo.words())
+    said = repr(vector)
+    assert said == (
+        f"SteeringVector: a vector of 16 numbers at blocks.1.resid_pre, length {float(vector.vector.norm()):.4g}, "
+        f"from 'the old man' − 'a red fox' and 1 more; what it was made from has length {vector.norm:.4g}"
+    )
+    assert "tensor" not in said and "9 vectors of 16 numbers" in repr(SteeringVector(torch.ones(9, 16), 1))
+
+
+def test_a_vector_is_kept_as_a_file(tmp_path: Path) -> None:
+    for name in ("llama", "t5"):
+        model = zoo.model(name)
+        source = {"source": zoo.ids(5)} if name == "t5" else {}
+        vector = 2 * steering_vector(model, zoo.ids(4, 1), zoo.ids(4, 2), 1, site="ffn.out", **source)
+        again = SteeringVector.load(vector.save(tmp_path / "v.safetensors"), model)
+        assert torch.equal(again.vector, vector.vector) and repr(again) == repr(vector) and again.path == vector.path and again.norm == vector.norm
+    rows = SteeringVector(torch.randn(5, zoo.D), 1)
+    assert torch.equal(SteeringVector.load(rows.save(tmp_path / "r.safetensors"), zoo.model("llama")).vector, rows.vector)
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    import json
+
+    from safetensors.torch import save_file
+
+    model, (_, vector) = zoo.model("llama"), made()
+    file = vector.save(tmp_path / "v.safetensors")
+    wrong = SteeringVector(torch.ones(5), 1).save(tmp_path / "narrow.safetensors")
+    late = SteeringVector(torch.ones(zoo.D), 7).save(tmp_path / "late.safetensors")
+    about = {"version": 1, "layer": 1, "site": "resid_pre", "label": "", "norm": 0.0, "prefix": ""}
+    plain = {"plain": None, "other": about | {"version": 2}, "minus": about | {"layer": -1}, "word": about | {"norm": "x"}}
+    for name, text in plain.items():
+        save_file({"vector": torch.ones(16)}, tmp_path / f"{name}.safetensors", metadata=None if text is None else {"glassformer.steering": json.dumps(text)})
+    for path, says in (
+        (wrong, r"vector has shape \[5\], but at 'blocks.1.resid_pre' it must be \[16\]"),
+        (late, "'blocks.7.resid_pre' meets no site of this model"),
+        (tmp_path / "none.safetensors", "There is no steering vector at"),
+        (tmp_path / "plain.safetensors", "plain.safetensors holds no steering vector: SteeringVector.save writes one"),
+        (tmp_path / "other.safetensors", "version 2 was given, and version 1 is read here"),
+        (tmp_path / "minus.safetensors", "layer is -1, but a whole number of at least 0 is needed"),
+        (tmp_path / "word.safetensors", "norm is 'x', but a number is needed"),
+        (5, "A file is named by its path, but a whole number was given"),
+    ):
+        with pytest.raises((InputError, SiteError), match=says):
+            SteeringVector.load(path, model)
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(WeightsError, match="v.safetensors"):
+        SteeringVector.load(file)
+    with pytest.raises(InputError, match="ends in '.json', but a steering vector is saved as .safetensors"):
+        vector.save(tmp_path / "v.json")
+    with pytest.raises(InputError, match="cannot be written"):
+        vector.save(tmp_path / "none" / "v.safetensors")
+    with pytest.raises(InputError, match=r"vector has shape \[5\]"):
+        steer(model, TEXT, SteeringVector(torch.ones(5), 1), max_new_tokens=1)
+
+
+@pytest.mark.parametrize("positions", [None, 2, slice(1, 4), [0, 3]])
+def test_a_vector_is_an_edit_too(positions: Any, tmp_path: Path) -> None:
+    model, vector = made()
+    tokens = torch.tensor([TEXT])
+    saved = load_edits(vector.intervention(1.5, positions, "push").save(tmp_path / "push.json"))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens, tap=saved.tap(model)), model(tokens, tap=vector.tap(1.5, positions)))
+        if positions in (None, 2):
+            rows = SteeringVector(torch.randn(3, zoo.D), 1)
+            torch.testing.assert_close(model(tokens, tap=rows.intervention(2, positions).tap(model)), model(tokens, tap=rows.tap(2, positions)))
+    with pytest.raises(InputError, match="runs without gaps"):
+        vector.intervention(1, slice(0, 6, 2))
 
 
 @pytest.mark.parametrize("positions", [None, 7, 2, slice(5, 9), [6, 8], 3])

@@ -70,6 +70,51 @@ def test_smallest_are_the_largest_turned_round() -> None:
     np.testing.assert_allclose([c.value for c in found[0].contexts], values[:3], rtol=1e-4, atol=1e-6)
 
 
+def turned(model: Any) -> Any:
+    """The same function, with the sign of unit 5 turned on its way in and on its way out: its outliers lie below zero."""
+    with torch.no_grad():
+        layer = model.blocks[0].ffn
+        layer.gate_up.weight[8 + 5] *= -1
+        layer.down.weight[:, 5] *= -1
+    return model
+
+
+def test_the_end_is_shown_on_which_the_outliers_lie() -> None:
+    texts = [[1, 2, 7, 3], [7, 4, 5, 6, 11], [0, 1, 2, 3]]
+    for model, side, by, value in ((planted(True), "above", "largest", 3.0), (turned(planted(True)), "below", "smallest", -3.0)):
+        found = neurons(model, texts, count=1, top=2)
+        unit = found["0.5"]
+        assert (unit.side, unit.by, unit.extreme) == (side, by, value)
+        assert [(c.text, c.position, c.value) for c in unit.contexts] == [(0, 2, value), (1, 0, value)]
+        row = dict(zip(found.grid().columns, found.grid().rows[0], strict=True))
+        assert (row["side"], row["extreme"], row["tokens"]) == (side, value, "‹7›")
+        assert all(("Where post is below zero" in " ".join(str(x).split())) == (value < 0) for x in (found, unit))
+        assert (
+            "those values of that side" in found.grid().note
+            and f"lies {side} it" in " ".join(str(unit).split())
+            and f"contexts of the {by} values" in str(unit)
+        )
+    other = neurons(turned(planted(True)), texts, count=1, top=2, by="largest")[0]
+    assert (other.side, other.by) == ("below", "largest") and all(c.value == 0 for c in other.contexts)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_further_end_is_that_of_a_loop(name: str) -> None:
+    model = zoo.model(name)
+    found = neurons(model, TEXTS, layer=1, units=range(24), top=4)
+    values = torch.stack([v for _, _, v in posts(name, model, 1, 256)])
+    away = values - values.mean(0)
+    sides = set()
+    for unit in found:
+        column = values[:, unit.unit]
+        below = bool(-away[:, unit.unit].min() > away[:, unit.unit].max())
+        expected = column.sort(descending=not below).values[:4].tolist()
+        np.testing.assert_allclose([c.value for c in unit.contexts], expected, rtol=1e-4, atol=1e-5)
+        assert unit.extreme == pytest.approx(expected[0], rel=1e-4, abs=1e-5)
+        sides.add(unit.side)
+    assert "above" in sides and (name != "llama" or "below" in sides)
+
+
 def test_many_small_batches_merge_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo.model("gpt2")
     whole = neurons(model, TEXTS, top=7, context=4)
@@ -287,3 +332,26 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert "Sparsity of feed-forward units over 14 tokens" in capsys.readouterr().out
     assert cli.main(["look", "neurons", str(file), "--model", str(folder), "--unit", "3"]) == 2
     assert "add layer=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_above_zero_has_the_same_colour_in_every_figure(dark: bool) -> None:
+    """A unit's tokens, bars of both signs, eigenvalues: warm above zero, cold below, as in a signed heat map."""
+    from matplotlib.colors import to_rgb
+
+    from glassformer.look.circuits import ov_circuit
+    from glassformer.look.figure import bars, below_above, colours, new_figure
+
+    figure, theme = new_figure((4, 3), dark)
+    below, above = below_above(theme)
+    assert to_rgb(above)[0] > to_rgb(above)[2] and to_rgb(below)[2] > to_rgb(below)[0]
+    axes = figure.subplots()
+    cells = axes.imshow([[-1.0, 1.0]], cmap=colours(theme, True)).to_rgba([-1.0, 1.0])[:, :3]
+    assert cells[1, 0] > cells[1, 2] and cells[0, 2] > cells[0, 0]
+    bars(axes, theme, ["a", "b"], [-1.0, 1.0])
+    assert [p.get_facecolor()[:3] for p in axes.patches] == [to_rgb(below), to_rgb(above)]
+    drawn = neurons(planted(True), [[1, 2, 7, 3]], count=1, top=1)[0].plot(dark).axes[0]
+    assert to_rgb(above) in [p.get_facecolor()[:3] for p in drawn.patches if p.get_facecolor()[3] > 0.5]
+    circuit = ov_circuit(zoo.model("llama"), 1, 2)
+    points = circuit.plot(dark).axes[0].collections[0].get_facecolors()[:, :3]
+    assert {tuple(p) for p in points[circuit.eigenvalues[:, 0].numpy() >= 0]} == {to_rgb(above)}

@@ -234,9 +234,10 @@ def test_a_finished_run_resumed_has_nothing_to_do(tmp_path):
         ({"seed": 1}, "seed was 0 and is 1"),
         ({"optimizer": AdamW(1e-4)}, "optimizer.lr was 0.003 and is 0.0001"),
         ({"data": TokenData.from_ids(small.ids(3000), vocab_size=13)}, "data was '[0-9a-f]{16}' and is '[0-9a-f]{16}'"),
+        ({"repeats": 0.5}, "repeats was None and is 0.5"),
         ({"dtype": "bf16", "clip": None}, "clip was 1.0 and is None; dtype was 'fp32' and is 'bf16'"),
     ],
-    ids=["batch", "seed", "optimizer", "data", "several"],
+    ids=["batch", "seed", "optimizer", "data", "repeats", "several"],
 )
 def test_other_settings_are_named(tmp_path, change, message):
     run(tmp_path)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+import warm
 from glassformer.train import Constant
 from glassformer.train.checkpoint import list_steps, newest
 from glassformer.train.interrupt import Interrupts
@@ -18,24 +16,18 @@ from glassformer.train.log import read_metrics
 from train import killed, small
 
 
-def start(folder: Path, steps: int, compile: bool, *flags: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, killed.__file__, str(folder), str(steps), str(compile), *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+def start(folder: Path, steps: int, compile: bool, *flags: str) -> warm.Program:
+    return warm.Program([killed.__file__, str(folder), str(steps), str(compile), *flags])
 
 
-def read_until(process: subprocess.Popen[str], line: str) -> list[str]:
+def read_until(process: warm.Program, line: str) -> list[str]:
     """Lines of the process up to the first that begins with ``line``."""
     seen = []
     for found in process.stdout:
         seen.append(found.strip())
         if found.startswith(line):
             return seen
-    raise AssertionError(f"{line!r} never came: {seen} {process.stderr.read()}")
+    raise AssertionError(f"{line!r} never came: {seen} {process.errors()}")
 
 
 def kill_at(folder: Path, line: str, steps: int, compile: bool, *flags: str) -> None:

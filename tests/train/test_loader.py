@@ -73,6 +73,41 @@ def test_documents_come_with_their_numbers():
     assert Loader(data, batch=3, context=20).next().documents is None
 
 
+def test_a_share_of_the_rows_says_a_passage_twice():
+    plain, loader = Loader(ROW, batch=10, context=63, seed=4), Loader(ROW, batch=10, context=63, seed=4, repeats=0.5)
+    changed = 0
+    for _ in range(20):
+        before, after = plain.next().tokens, loader.next().tokens
+        for old, new in zip(before, after, strict=True):
+            places = (old != new).nonzero()[:, 0]
+            changed += bool(len(places))
+            if len(places):  # every number of ROW is another, so what stands there now stood before, and says how far back
+                first, n = int(places[0]), len(places)
+                back = int(old[first] - new[first])
+                assert n >= 8 and back >= n and torch.equal(places, torch.arange(first, first + n))
+                assert torch.equal(new[first : first + n], old[first - back : first - back + n])
+    assert 70 <= changed <= 130  # of 200, half: four standard deviations are 28
+    assert torch.equal(Loader(ROW, batch=10, context=63, seed=4).next().tokens, Loader(ROW, batch=10, context=63, seed=4, repeats=0.0).next().tokens)
+
+
+def test_passages_said_twice_are_the_same_after_a_restart():
+    loader, again = (Loader(ROW, batch=3, context=40, seed=1, repeats=1.0) for _ in range(2))
+    for _ in range(4):
+        loader.next()
+    again.restore(loader.state())
+    assert all(torch.equal(loader.next().tokens, again.next().tokens) for _ in range(12))  # over the end of an epoch
+
+
+def test_what_cannot_say_a_passage_twice():
+    with pytest.raises(DataError, match=r"from 0 to 1; 1\.5 was given"):
+        Loader(ROW, batch=1, context=40, repeats=1.5)
+    with pytest.raises(DataError, match="copies a passage across documents, and documents=True keeps them apart"):
+        Loader(ROW, batch=1, context=40, documents=True, repeats=0.1)
+    with pytest.raises(DataError, match="two passages of 8 tokens, but a row of context 14 has 15"):
+        Loader(ROW, batch=1, context=14, repeats=0.1)
+    assert Loader(ROW, batch=1, context=15, repeats=1.0).next().tokens.shape == (1, 16)
+
+
 def test_what_cannot_be_loaded():
     with pytest.raises(DataError, match="has 5 tokens, but one window of context 5 needs 6"):
         Loader(TokenData.from_ids(np.arange(5)), batch=1, context=5)

@@ -12,13 +12,15 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import Annotated
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
 
 from .. import __version__
-from ..core.errors import CheckpointError, GlassformerError, TrainingError
+from ..core.errors import CheckpointError, GlassformerError, GlassformerWarning, TrainingError
 from . import convert, dimensions, evaluate, generate, inspect, look, params, tokenizer, train, verify
 
 OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
@@ -63,12 +65,32 @@ def root(version: Annotated[bool, typer.Option("--version", callback=_version, i
     pass
 
 
+@contextmanager
+def _notes() -> Iterator[None]:
+    """Warnings of this package as lines of their own, each once: ``note: ...``."""
+    said: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", GlassformerWarning)
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if not issubclass(category, GlassformerWarning):
+                others(message, category, *rest, **more)
+            elif (text := str(message)) not in said:
+                said.add(text)
+                print(f"note: {text}", file=sys.stderr)
+
+        warnings.showwarning = show
+        yield
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; ``None`` means the arguments of the process."""
     _let_threads_sleep()
     given = list(sys.argv[1:] if args is None else args)
     try:
-        code = typer.main.get_command(app)(given or ["--help"], prog_name="glassformer", standalone_mode=False)
+        with _notes():
+            code = typer.main.get_command(app)(given or ["--help"], prog_name="glassformer", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else OK
     except (KeyboardInterrupt, typer.Abort):

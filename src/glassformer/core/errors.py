@@ -15,6 +15,8 @@
     ├── SamplerError      sampling settings that make no sense
     └── RecipeError       a recipe or a ``--set path=value`` that cannot be read
 
+and one warning, ``GlassformerWarning``: what can be done, but may not mean what was meant.
+
 A message says what happened, the two values that disagree, and what to do. The command line
 prints it without a traceback; Python users catch the class.
 """
@@ -27,6 +29,10 @@ from collections.abc import Iterable
 
 class GlassformerError(Exception):
     """The root: ``except GlassformerError`` catches every deliberate error of this package."""
+
+
+class GlassformerWarning(UserWarning):
+    """What can be done, but may not mean what was meant. The command line prints it as one line, ``note: ...``, on standard error."""
 
 
 class SpecError(GlassformerError, ValueError):

@@ -22,12 +22,13 @@ paths begin with ``step.{n}.``; a pattern that does not itself begin with ``step
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from .eager import eagerly
 from .errors import SiteError, did_you_mean
 from .fields import described
 from .sites import HEAD_AXIS
@@ -93,22 +94,23 @@ class Record(Tap):
             raise SiteError("Record() keeps nothing: name what to keep, such as Record('blocks.*.attn.pattern'), or Record('**') for everything.")
         self._patterns = tuple(Pattern.read(p) for p in patterns)
         self._grad, self._device = grad, device
+        self._decided = _decisions(tuple(p.text for p in self._patterns))
         self.values: dict[str, Tensor] = {}
         self._whole: dict[str, Tensor] = {}  # with grad=True: what the recorded heads were picked from
 
     # What is seen
 
     def visit(self, path: str, x: Tensor) -> Tensor:
-        if not self._meets(path):
+        wanted, heads = self._wanted(path)
+        if not wanted:
             return x
         if self._grad:
             return self._visit_grad(path, x)
-        heads = self._heads(path)
         kept = x.detach() if heads is None else _pick(path, x.detach(), heads)
         self.values[path] = _compact(kept) if self._device is None else kept.to(self._device)
         return x
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @eagerly
     def _visit_grad(self, path: str, x: Tensor) -> Tensor:
         # Inside a backward pass this is activation checkpointing computing the value again:
         # the one that the gradient reaches is already kept.
@@ -131,18 +133,29 @@ class Record(Tap):
         return x
 
     def offer(self, path: str, compute: Callable[[tuple[int, ...] | None], Tensor]) -> None:
-        if self._meets(path):
-            kept = compute(self._heads(path)).detach()
+        wanted, heads = self._wanted(path)
+        if wanted:
+            kept = compute(heads).detach()
             self.values[path] = _compact(kept) if self._device is None else kept.to(self._device)
 
     def edits(self, path: str) -> bool:
-        return self._grad and self._meets(path)
+        return self._grad and self._wanted(path)[0]
 
     def differentiates(self) -> bool:
         return self._grad
 
     def patterns(self) -> tuple[Pattern, ...]:
         return self._patterns
+
+    def _wanted(self, path: str) -> tuple[bool, tuple[int, ...] | None]:
+        """Whether the value at ``path`` is kept, and of which heads."""
+        if torch.compiler.is_compiling():
+            return self._meets(path), self._heads(path)
+        if path not in self._decided:
+            if len(self._decided) > MOST:  # a very long generation
+                self._decided.clear()
+            self._decided[path] = self._meets(path), self._heads(path)
+        return self._decided[path]
 
     def _meets(self, path: str) -> bool:
         return any(p.meets(path) for p in self._patterns)
@@ -172,6 +185,9 @@ class Record(Tap):
 
     def __contains__(self, path: str) -> bool:
         return path in self.values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -281,6 +297,12 @@ class Chain(Tap):
         return tuple(p for tap in self.taps for p in tap.patterns())
 
 
+@lru_cache(maxsize=1_000)
+def _decisions(patterns: tuple[str, ...]) -> dict[str, tuple[bool, tuple[int, ...] | None]]:
+    """What records of these patterns have decided about each path: small models are called more often than they compute, so it is decided once."""
+    return {}
+
+
 SPARE = 1.05  # how much more memory than its own a kept value may hold
 
 
@@ -307,7 +329,7 @@ def check_heads(heads: tuple[int, ...] | None, n: int, where: str) -> None:
 # Patterns
 
 LONGEST = 12  # segments of a pattern
-MOST = 100_000  # a number in one
+MOST = 100_000  # a number in one; paths that a record remembers its decision about
 
 
 class Pattern:

@@ -14,6 +14,7 @@ The value of an ablation depends on what is put in place: zero is no value that 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from glassformer.core.errors import InputError, SiteError
 from glassformer.core.fields import described
+from glassformer.core.tap import Tap
 
 from .figure import Theme, bars, heatmap
 from .result import Grid, Result
@@ -52,7 +54,7 @@ class Part:
 
 def part_of(s: Subject, given: Any) -> Part:
     """The part that a text or tuple names (see the head of this file). Raises :class:`SiteError` for one that the model has not."""
-    kind, layer, inner = _read(given)
+    kind, layer, inner = _read(given, s.layers)
     if kind == "position":
         if inner is not None:
             raise SiteError(f"{given!r}: a position has no parts by number; write 'position {layer}'.")
@@ -86,7 +88,7 @@ def part_of(s: Subject, given: Any) -> Part:
     return Part(f"ffn {layer}.{inner}", f"blocks.{layer}.ffn.post", unit=inner)
 
 
-def _read(given: Any) -> tuple[str, int, int | None]:
+def _read(given: Any, layers: int) -> tuple[str, int, int | None]:
     if isinstance(given, tuple):
         numbers = given[1:] if given and isinstance(given[0], str) else given
         if all(isinstance(n, int) and not isinstance(n, bool) for n in numbers) and len(numbers) in (1, 2):
@@ -100,13 +102,14 @@ def _read(given: Any) -> tuple[str, int, int | None]:
         if found := _WORDS.fullmatch(given.strip()):
             word = {"mlp": "ffn", "experts": "ffn", "layer": "block", "pos": "position"}.get(found[1].lower(), found[1].lower())
             return word, int(found[2]), None if found[3] is None else int(found[3])
-    raise SiteError(f"{shorten(repr(given))} names no part: write '5.1' (a head), 'ffn 3.412' (a unit), 'attn 3', 'ffn 3', 'block 3', or 'position 4'.")
+    n = layers - 1  # an example that this model has
+    raise SiteError(f"{shorten(repr(given))} names no part: write '{n}.0' (a head), 'ffn {n}.3' (a unit), 'attn {n}', 'ffn {n}', 'block {n}', or 'position 0'.")
 
 
 @dataclass(frozen=True, eq=False)
 class Ablated(Result):
     """What is lost without each part. One number per part: the asked logit (or difference), the first target's probability, and KL from the whole
-    model's prediction in nats."""
+    model's prediction in bits."""
 
     names: tuple[str, ...]
     how: str
@@ -129,9 +132,9 @@ class Ablated(Result):
             for n, a, p, k, t in zip(self.names, self.logit, self.prob, self.kl, self.top, strict=True)
         ]
         return Grid(
-            ("without", "logit", "change", "probability", "KL", "then first"),
+            ("without", "logit", "change", "probability", "KL, bits", "then first"),
             tuple(rows),
-            "KL in nats, from the whole model's prediction to that without the part",
+            "KL from the whole model's prediction to that without the part",
         )
 
     def draw(self, figure: Figure, theme: Theme) -> None:
@@ -156,8 +159,8 @@ class HeadAblation(Result):
         return f"ablation ({self.how}) of each head: change of logit {self.target} (before {self.before:.4g})"
 
     def __getitem__(self, head: str | tuple[int, int]) -> float:
-        kind, layer, inner = _read(head)
         layers, heads = self.change.shape
+        kind, layer, inner = _read(head, layers)
         if kind not in ("attn", "cross") or inner is None or not 0 <= layer < layers or inner >= heads:
             raise SiteError(f"{head!r} is no head here: layers are 0 to {layers - 1}, heads 0 to {heads - 1}, written as '1.0'.")
         return float(self.change[layer, inner])
@@ -170,7 +173,11 @@ class HeadAblation(Result):
     def grid(self) -> Grid:
         h = self.change.shape[1]
         found = [(name, value, float(self.kl[int(name.split(".")[0]), int(name.split(".")[1])])) for name, value in self.best(self.change.shape[0] * h)]
-        return Grid(("head", "change", "KL"), tuple(r for r in found if r[1] == r[1]), "a negative change: the head speaks for the target; KL in nats")
+        return Grid(
+            ("head", "change", "KL, bits"),
+            tuple(r for r in found if r[1] == r[1]),
+            "a negative change: the head speaks for the target; KL from the whole model's prediction",
+        )
 
     def draw(self, figure: Figure, theme: Theme) -> None:
         l, h = self.change.shape
@@ -205,6 +212,7 @@ def ablate(
     seed: int = 0,
     tokenizer: Any = None,
     source: Text | None = None,
+    tap: Tap | None = None,
     memory: int | None = None,
     progress: bool | None = None,
 ) -> Ablated:
@@ -212,10 +220,11 @@ def ablate(
 
     ``what``: a part or a list of parts (``"5.1"``, ``"ffn 3.412"``, ``"attn 3"``, ``"ffn 3"``, ``"block 3"``, ``"position 4"``). ``positions``: take
     it away there
-    only. ``how``: ``"zero"``, ``"mean"``, ``"resample"`` over the ``reference`` texts. A block's mean is that of what it adds to the stream.
+    only. ``how``: ``"zero"``, ``"mean"``, ``"resample"`` over the ``reference`` texts. A block's mean is that of what it adds to the stream. ``tap``:
+    edits that hold in every run, also without the part and in the reference texts (``tap | ablation``).
     Raises :class:`SiteError` for a part that the model has not, :class:`InputError` for what cannot be read.
     """
-    s = read(model, text, tokenizer, source=source)
+    s = read(model, text, tokenizer, source=source, tap=tap)
     given = list(what) if isinstance(what, list | set | frozenset | range) else [what]
     parts = [part_of(s, g) for g in given]
     if not parts:
@@ -235,7 +244,7 @@ def ablate_heads(
 ) -> HeadAblation:
     """:func:`ablate` for every head, one at a time; ``kind="cross"``: of cross-attention. Options as there."""
     choose(kind, ("attn", "cross"), "kind of attention")
-    s = read(model, text, options.pop("tokenizer", None), source=options.pop("source", None))
+    s = read(model, text, options.pop("tokenizer", None), source=options.pop("source", None), tap=options.pop("tap", None))
     counts = [n_heads(s.stack, n, kind) for n in range(s.layers)] if kind == "attn" or s.has("blocks.*.cross.z") else []
     if not counts:
         raise InputError("This model has no cross-attention heads: leave kind out.")
@@ -262,7 +271,7 @@ def _measured(s: Subject, sweep: Sweep, variants: Sequence[Sequence[Patch]], dra
 
     def score(logits: Tensor) -> Tensor:
         log = logits[:, 0].double().log_softmax(-1)
-        kl = (whole.exp() * (whole - log)).masked_fill(whole.isinf(), 0.0).sum(-1)
+        kl = (whole.exp() * (whole - log)).masked_fill(whole.isinf(), 0.0).sum(-1) / math.log(2)
         return torch.stack([asked.of(logits[:, 0]).double(), log[:, asked.token].exp(), kl, log.argmax(-1).double()], -1)
 
     found = sweep.run(variants, score, (at,), "ablating").reshape(-1, draws, 4)
@@ -313,7 +322,7 @@ def _pools(s: Subject, sweep: Sweep, sites: Sequence[str], reference: Sequence[T
         raise InputError("reference holds no texts: give some, or leave it out for this text's own positions.")
     found: dict[str, list[Tensor]] = {site: [] for site in sites}
     for text in reference:
-        other = read(s.model, text, s.tokenizer, source=list(s.source_ids) or None)
+        other = read(s.model, text, s.tokenizer, source=list(s.source_ids) or None, tap=s.tap)
         record, _ = other.run(*sites)
         for site in sites:
             found[site].append(record[s.prefix + site][0])

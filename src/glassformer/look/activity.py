@@ -13,7 +13,7 @@ from glassformer.text import Tokenizer
 from .figure import Theme, lines
 from .moments import Moments
 from .result import Grid, Result
-from .units import unit_sites
+from .unit_places import unit_sites
 from .windows import Batch, Reading, Texts
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from glassformer.weights.stored import Stored
 
 from .forecasting import available, check_budget, dry_run, model_of, patterns_of, rows_within, said
 from .storing import Draft
-from .subject import Text, check_layer, choose, n_heads, read
+from .subject import Text, check_layer, choose, n_heads, note_length, read
 
 FILE = "captured.safetensors"
 SQUARE = ("scores", "pattern")
@@ -163,8 +163,9 @@ def capture(
     whole, patterns = model_of(model), patterns_of(sites)
     several = isinstance(texts, list | tuple) and bool(texts) and not hasattr(texts[0], "__index__")
     given: list[Any] = list(texts) if several else [texts]
-    subjects = [read(model, t, tokenizer, source=source) for t in given]
+    subjects = [read(model, t, tokenizer, source=source, note=False) for t in given]
     lengths = [len(s) for s in subjects]
+    note_length(subjects[0].model, max(lengths))
     tokens = torch.zeros(len(subjects), max(lengths), dtype=torch.long, device=subjects[0].device)
     for i, s in enumerate(subjects):
         tokens[i, : len(s)] = s.tokens[0]

@@ -6,6 +6,9 @@
 Both have rank ``d_head`` at most, so eigenvalues come from [k k], singular values from two QR decompositions, and the largest entries
 from blocks of rows (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", transformer-circuits.pub).
 
+    w = weights(model).folded                        for many heads: the norms are folded in once
+    [ov_circuit(w, 3, h) for h in range(12)]
+
 These are paths through the embedding and one head. What other heads and feed-forward layers have written to the stream by then goes
 through the same matrices and is not in these tables.
 """
@@ -20,25 +23,20 @@ from torch import Tensor
 
 from glassformer.core.errors import InputError
 from glassformer.core.numerics import wide
-from glassformer.models.encoder_decoder import EncoderDecoderModel
-from glassformer.parts.attention import AttentionLayer
-from glassformer.parts.norm import JointLayer, NoNormLayer, RMSNormLayer
-from glassformer.weights.own import Loaded
 
+from .bilinear import check_plain_attention, query_and_key, view_of
+from .composition import Composition, composition_scores
 from .extremes import largest_entries, share_on_diagonal
 from .factored import FactoredMatrix
-from .figure import Theme, bars, dress, heatmap, plain_text
-from .matrices import Weights, exact_folds, weights
+from .figure import Theme, bars, below_above, dress, plain_text
+from .matrices import Weights
 from .result import Grid, Result
-from .subject import check_reads_tokens, choose, is_causal, n_heads, piece_of, read_head
+from .subject import check_reads_tokens, piece_of, read_head
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from glassformer.text import Tokenizer
-
-FURTHEST = 1 << 24
-"""The largest distance: float32 counts positions no further."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,8 @@ class Circuit(Result):
         around = torch.linspace(0, 2 * torch.pi, 200)
         left.plot(around.cos(), around.sin(), color=theme.grid, linewidth=1)
         real, imaginary = (self.eigenvalues / top).T.tolist()
-        left.scatter(real, imaginary, s=22, color=[theme.series[0] if r >= 0 else theme.series[1] for r in real], alpha=0.85, linewidths=0)
+        below, above = below_above(theme)
+        left.scatter(real, imaginary, s=22, color=[above if r >= 0 else below for r in real], alpha=0.85, linewidths=0)
         left.axhline(0, color=theme.grid, linewidth=0.8)
         left.axvline(0, color=theme.grid, linewidth=0.8)
         left.set_aspect("equal")
@@ -137,6 +136,7 @@ def ov_circuit(
     Nothing of [v v] is held; finding ``pairs`` and ``diagonal`` costs at most ``4 v^2 d_head`` operations (:mod:`.extremes`): for GPT-2's vocabulary
     some seconds to tens of seconds of a processor, for one of 2,048 pieces milliseconds.
 
+    ``model``: also a view ``weights(model).folded``, which is then read as it is; asking many heads of one view folds once.
     ``layer, head``: two numbers, or ``"1.3"``. ``fold``: norm weights multiplied into the matrices (None: where that is exact).
     Raises :class:`InputError` for a model without scores over its vocabulary, :class:`SiteError` for a head that it has not.
     """
@@ -170,59 +170,19 @@ def qk_circuit(
     Raises :class:`InputError` where scores are no bilinear form (a LayerNorm on queries and keys), and for a distance below 0 in a causal model.
     """
     w, stack, tokenizer, at = _opened(model, layer, head, tokenizer, fold)
-    q, key = _query_and_key(w, stack, at, distance)
+    q, key = query_and_key(w, stack, at, distance)
     matrix = FactoredMatrix(q, key.T)
     E = wide(_readable(w, stack))
     full = FactoredMatrix(E @ q * stack.blocks[at[0]].attn.scale, (E @ key).T)
     return _circuit("qk", at, matrix, full, E, E, tokenizer, k, directions, distance, w)
 
 
-def _query_and_key(w: Weights, stack: Any, at: tuple[int, int], distance: int) -> tuple[Tensor, Tensor]:
-    """[d k] each: the query's matrix turned by ``distance``, the key's at position 0, QK-norm weights in both."""
-    layer: Any = stack.blocks[at[0]].attn
-    if isinstance(distance, bool) or not isinstance(distance, int) or abs(distance) > FURTHEST or (distance < 0 and is_causal(stack)):
-        raise InputError(
-            f"distance={distance!r}: a query of this model sees keys at its own position and before, so a distance is 0, 1, 2, ... up to {FURTHEST:,}."
-        )
-    q, key = wide(w.W_Q[at]), wide(w.W_K[at])
-    for name, n in (("q_norm", layer.n_heads), ("k_norm", layer.n_kv_heads)):
-        norm = getattr(layer, name, None)
-        if norm is None or isinstance(norm, NoNormLayer):
-            continue
-        inner = norm.norm if isinstance(norm, JointLayer) else norm
-        if not isinstance(inner, RMSNormLayer):
-            raise InputError(
-                f"The {'queries' if name == 'q_norm' else 'keys'} of layer {at[0]} go through a {type(inner).__name__}: scores are no bilinear form there."
-            )
-        weight = wide(inner.weight.detach()) + inner.offset
-        if isinstance(norm, JointLayer):
-            weight = weight.view(n, -1)[at[1] * n // layer.n_heads]
-        q, key = (q * weight, key) if name == "q_norm" else (q, key * weight)
-    if layer.spec.position.rotates:
-        turn = layer.position.rotate
-        places = torch.tensor([max(distance, 0), max(-distance, 0)], device=q.device)
-        tables = [layer.position.tables(places[i : i + 1]) for i in range(2)]
-        q, key = (turn(x[:, None, None], t)[:, 0, 0] for x, t in ((q, tables[0]), (key, tables[1])))
-    return q, key
-
-
 def _opened(model: Any, layer: Any, head: int | None, tokenizer: Tokenizer | None, fold: bool | None) -> tuple[Weights, Any, Tokenizer | None, tuple[int, int]]:
     """The view that is read, its stack, the tokenizer, (layer, head)."""
-    if isinstance(model, Loaded):
-        model, tokenizer = model.model, model.tokenizer if tokenizer is None else tokenizer
-    stack: Any = model.decoder if isinstance(model, EncoderDecoderModel) else model
-    w = _folded(model, fold)
+    w, stack = view_of(model, fold)
     at = read_head(stack, layer if head is None else (layer, head))
-    attn = stack.blocks[at[0]].attn
-    if not isinstance(attn, AttentionLayer):
-        raise InputError(
-            f"Layer {at[0]} has {type(attn.spec).__name__}, whose keys and values come out of a normed latent: there is no W_K and W_V to multiply."
-        )
-    return w, stack, tokenizer, at
-
-
-def _folded(model: Any, fold: bool | None) -> Weights:
-    return weights(model, fold_norms=exact_folds(model)["fold_norms"] if fold is None else fold)
+    check_plain_attention(at[0], stack.blocks[at[0]].attn, "there is no W_K and W_V to multiply")
+    return w, stack, w.tokenizer if tokenizer is None else tokenizer, at
 
 
 def _readable(w: Weights, stack: Any) -> Tensor:
@@ -280,125 +240,6 @@ def _circuit(
         distance=distance,
         folded=w.fold_norms,
     )
-
-
-# Between heads
-
-
-@dataclass(frozen=True, eq=False)
-class Composition(Result):
-    """How far each head reads what each earlier one writes.
-
-    ``scores`` [3 n n]: for queries, keys and values (``kinds``), row: the head that writes, column: the one that reads, both of ``heads``;
-    ``||W_1 W_2|| / (||W_1|| ||W_2||) - 1 / sqrt(d)``, NaN where the second is not in a later layer. ``baseline``: the ``1 / sqrt(d)``.
-    """
-
-    heads: tuple[str, ...]
-    kinds: tuple[str, ...]
-    scores: Tensor
-    baseline: float
-    folded: bool
-
-    @property
-    def title(self) -> str:
-        return f"Composition between {len(self.heads)} heads, above chance"
-
-    def __getitem__(self, kind: str) -> Tensor:
-        """[n n] of ``"q"``, ``"k"`` or ``"v"``."""
-        return self.scores[self.kinds.index(choose(kind, self.kinds, "kind of composition"))]
-
-    def best(self, n: int = 10, kind: str | None = None) -> list[tuple[str, str, str, float]]:
-        """The ``n`` largest: kind, head that writes, head that reads, score."""
-        chosen = self.kinds if kind is None else (choose(kind, self.kinds, "kind of composition"),)
-        flat = torch.stack([self[c] for c in chosen]).nan_to_num(-torch.inf).flatten()
-        top = flat.topk(max(0, min(n, int((flat > -torch.inf).sum()))))
-        m = len(self.heads)
-        return [(chosen[i // (m * m)], self.heads[i // m % m], self.heads[i % m], v) for i, v in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
-
-    def grid(self) -> Grid:
-        word = {"q": "queries", "k": "keys", "v": "values"}
-        rows = tuple((a, b, word[kind], value) for kind, a, b, value in self.best(200))
-        return Grid(
-            ("writes", "reads", "into its", "above chance"),
-            rows,
-            f"||W1 W2|| / (||W1|| ||W2||) less 1/sqrt(d) = {self.baseline:.4f}, its root mean square when one of the two is turned at random; "
-            f"norm weights {'folded in' if self.folded else 'not folded in'}",
-        )
-
-    def size(self) -> tuple[float, float]:
-        return (13.5, 5.2)
-
-    def draw(self, figure: Figure, theme: Theme) -> None:
-        finite = self.scores[self.scores.isfinite()]
-        limit = float(finite.abs().max()) if len(finite) else 1.0
-        word = {"q": "queries", "k": "keys", "v": "values"}
-        some = self.scores[0].isfinite()  # heads of the last layer are read by none, those of the first read none
-        last, first = int(some.any(1).sum()), int((~some.any(0)).sum())
-        for i, axes in enumerate(figure.subplots(1, len(self.kinds))):
-            heatmap(
-                axes,
-                theme,
-                self.scores[i, :last, first:],
-                self.heads[:last],
-                self.heads[first:],
-                title=f"into {word[self.kinds[i]]}",
-                x="head that reads",
-                y="head that writes" if i == 0 else "",
-                signed=True,
-                limit=limit,
-            )
-            axes.tick_params(axis="x", rotation=90)
-
-
-def composition_scores(model: Any, *, fold: bool | None = None, distance: int = 0) -> Composition:
-    """Q-, K- and V-composition of every head with every head of a later layer (Elhage et al. 2021).
-
-    ``||W_OV W_QK||_F / (||W_OV|| ||W_QK||)`` for queries, with ``W_QK^T`` for keys, ``||W_OV W_OV'||_F / ...`` for values, each less
-    ``1 / sqrt(d)``: the root mean square of that ratio when one matrix is turned at random, whatever the singular values. Computed from the
-    factors, [k k] for each pair. ``fold``, ``distance`` as in :func:`qk_circuit`. Raises :class:`InputError` for a model of one layer.
-    """
-    if isinstance(model, Loaded):
-        model = model.model
-    w = _folded(model, fold)
-    stack: Any = model.decoder if isinstance(model, EncoderDecoderModel) else model
-    count = [n_heads(stack, i) for i in range(w.n_layers)]
-    if len(count) < 2:
-        raise InputError(f"Heads compose with heads of later layers, but this model has {len(count)} layer.")
-    heads = tuple(f"{i}.{h}" for i, n in enumerate(count) for h in range(n))
-    writes, reads = _sides(w, stack, distance)
-    d, n = stack.spec.d_model, len(heads)
-    scores = torch.full((3, n, n), float("nan"))
-    starts = [sum(count[:i]) for i in range(len(count) + 1)]
-    for i in range(len(count) - 1):
-        own = torch.cat(writes[i])  # [(h k) d]
-        for j in range(i + 1, len(count)):
-            for kind in range(3):
-                each = (own @ torch.cat(reads[j][kind], 1)).square()  # [(h k) (h' k')]
-                blocks = each.view(count[i], -1, count[j], each.shape[1] // count[j]).sum((1, 3)).sqrt()
-                scores[kind, starts[i] : starts[i + 1], starts[j] : starts[j + 1]] = blocks.float().cpu() - d**-0.5
-    return Composition(heads, ("q", "k", "v"), scores, d**-0.5, w.fold_norms)
-
-
-def _sides(w: Weights, stack: Any, distance: int) -> tuple[list[list[Tensor]], list[list[list[Tensor]]]]:
-    """Every head's W_OV as a [k d] of norm 1 with the same products from the left, and W_QK, W_QK^T, W_OV as [d k] of norm 1 from the right."""
-    writes: list[list[Tensor]] = []
-    reads: list[list[list[Tensor]]] = []
-    for i, block in enumerate(stack.blocks):
-        if not isinstance(block.attn, AttentionLayer):
-            raise InputError(f"Layer {i} has {type(block.attn.spec).__name__}, whose keys and values come out of a normed latent: composition is not defined.")
-        own_w: list[Tensor] = []
-        own_r: list[list[Tensor]] = [[], [], []]
-        V, O = wide(w.W_V[i]), wide(w.W_O[i])
-        for h in range(block.attn.n_heads):
-            q, key = _query_and_key(w, stack, (i, h), distance)
-            left = torch.linalg.qr(V[h], mode="r")[1] @ O[h]
-            own_w.append(left / left.norm().clamp_min(1e-30))
-            for slot, (a, b) in enumerate(((q, key), (key, q), (V[h], O[h].T))):
-                right = a @ torch.linalg.qr(b, mode="r")[1].T
-                own_r[slot].append(right / right.norm().clamp_min(1e-30))
-        writes.append(own_w)
-        reads.append(own_r)
-    return writes, reads
 
 
 __all__ = ["Circuit", "Composition", "Direction", "FactoredMatrix", "composition_scores", "ov_circuit", "qk_circuit"]

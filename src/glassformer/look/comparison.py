@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from glassformer.core.numerics import wide
-from glassformer.core.tap import Record
-from glassformer.models.transformer import TransformerModel
+from glassformer.core.tap import Record, Tap
 
+from .comparison_parts import mean_gradient, parts_of
+from .distributions import js, kl
 from .figure import Theme, bars, heatmap, lines, plain_text
-from .lenses import js, kl, norms_after, plain_pass, short, stream_sites
+from .lens_reading import stream_sites
 from .next_tokens import check_k, joined, quoted
 from .result import Cell, Grid, Result
-from .subject import Positions, Subject, Target, Text, check_reads_tokens, feedforward_of, read
+from .shown import short
+from .subject import Positions, Subject, Target, Text, check_reads_tokens, feedforward_of, note_length, read
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,15 +69,16 @@ class Comparison(Result):
     rank: Tensor
     """[2 c] 1 is the most probable."""
     kl: tuple[float, float]
-    """KL(first || second), KL(second || first)."""
+    """KL(first || second), KL(second || first), in bits."""
     js: float
+    """Divergence of Jensen and Shannon, in bits."""
     rows: tuple[str, ...]
     distance: Tensor
     """[r] ``2 |x - y| / (|x| + |y|)`` of the two streams at the compared positions: 0 equal, 2 opposite."""
     cosine: Tensor
     """[r]"""
     lens_js: Tensor
-    """[r] Divergence of what the read-out makes of the two streams; the last is ``js``."""
+    """[r] Divergence (JS, in bits) of what the read-out makes of the two streams; the last is ``js``."""
     aligned: Tensor
     """[r a] ``distance`` at every aligned pair."""
     target: str
@@ -92,7 +95,7 @@ class Comparison(Result):
     """[l]"""
     embedding: float | None
     rest: float | None
-    """The change less all parts: what rounding and the numerical integration leave over."""
+    """The change less all parts: what rounding and the numerical integration leave over, and what edits of the stream do."""
 
     @property
     def change(self) -> float:
@@ -133,8 +136,8 @@ class Comparison(Result):
             )
         return [
             f"{shares}.",
-            f"KL(first || second) {self.kl[0]:.3g} bits, KL(second || first) {self.kl[1]:.3g}, JS {self.js:.3g}.",
-            f"Distance of the streams by depth (JS of what is read there): {depths}.",
+            f"KL(first || second) {self.kl[0]:.3g} bits, KL(second || first) {self.kl[1]:.3g} bits, JS {self.js:.3g} bits.",
+            f"Distance of the streams by depth (JS of what is read there, in bits): {depths}.",
             f"Logit of {self.target}: {self.values[0]:.3g} → {self.values[1]:.3g}, a change of {self.change:+.3g}{parts}.",
             *([f"Heads that carry most of it: {heads}."] if heads else []),
         ]
@@ -146,7 +149,7 @@ class Comparison(Result):
         grid = figure.add_gridspec(2, 2, width_ratios=[1.0, 1.15])
         self._draw_tokens(figure.add_subplot(grid[:, 0]), theme)
         axes = figure.add_subplot(grid[:, 1] if self.attn is None else grid[0, 1])
-        named = {"distance of the streams": self.distance, "root of JS of what is read": self.lens_js.sqrt()}
+        named = {"distance of the streams": self.distance, "root of JS (in bits) of what is read": self.lens_js.sqrt()}
         lines(axes, theme, range(len(self.rows)), named, title="Where in the layers the difference arises")
         axes.set_xticks(range(len(self.rows)), self.rows, rotation=0 if len(self.rows) < 8 else 45)
         axes.set_ylim(bottom=0)
@@ -181,10 +184,11 @@ def compare(
     k: int = 20,
     *,
     target: Any = None,
-    positions: Positions = None,
+    position: Positions = None,
     tokenizer: Tokenizer | None = None,
     source: Text | None = None,
     other_source: Text | None = None,
+    tap: Tap | None = None,
 ) -> Comparison:
     """What changes in the model's output when ``text`` becomes ``other``, where in the layers, and through which heads.
 
@@ -199,13 +203,15 @@ def compare(
     Where a norm stands between a part and the stream, ``g`` is carried back through it in the same way. A head whose output does not change contributes
     0. The contributions are direct: that a head changed because an earlier one did is not told apart.
 
-    ``source``, ``other_source``: of an encoder-decoder; None for the second means the same. Raises :class:`InputError` as candidates() does.
+    ``source``, ``other_source``: of an encoder-decoder; None for the second means the same. ``tap``: edits that hold in both runs; what an edit of the stream
+    itself does belongs to no part, and stands in ``rest``. Raises :class:`InputError` as candidates() does.
     """
-    a = read(model, text, tokenizer, source=source)
-    b = read(model, other, tokenizer, source=source if other_source is None else other_source)
+    a = read(model, text, tokenizer, source=source, tap=tap, note=False)
+    b = read(model, other, tokenizer, source=source if other_source is None else other_source, tap=tap, note=False)
+    note_length(a.model, max(len(a), len(b)))
     check_reads_tokens(a.stack, "compare()")
     check_k(k)
-    at = (a.position(positions), b.position(positions))
+    at = (a.position(position), b.position(position))
     (record_a, every_a), (record_b, every_b) = (_run(s) for s in (a, b))
     logits = torch.stack([wide(every_a[at[0]]), wide(every_b[at[1]])])
     aim = _aim(a, target, logits)
@@ -223,7 +229,7 @@ def compare(
         aligned=_aligned(a, (record_a, record_b), shared["pairs"]),
         target=aim.label,
         values=values,
-        **_parts(a, (record_a, record_b), at, aim, values[1] - values[0]),
+        **parts_of(a, (record_a, record_b), at, aim, values[1] - values[0]),
     )
 
 
@@ -325,91 +331,6 @@ def _aligned(s: Subject, records: tuple[Record, Record], pairs: tuple[tuple[int,
     where = [list(side) for side in zip(*pairs, strict=True)] if pairs else [[], []]
     x, y = (torch.stack([wide(record[s.path(site)][0][i]) for site in sites]) for record, i in zip(records, where, strict=True))
     return _apart(x, y).cpu()
-
-
-# Parts
-
-
-@torch.no_grad()
-def _parts(s: Subject, records: tuple[Record, Record], at: tuple[int, int], aim: Target, change: float) -> dict[str, Any]:
-    """What each part contributes to the change of the target: heads, cross [l h], attn, ffn [l], embedding, and the rest."""
-    if not isinstance(s.stack, TransformerModel):
-        return dict.fromkeys(("heads", "cross", "attn", "ffn", "embedding", "rest"))
-
-    def both(site: str) -> Tensor:
-        return torch.stack([record[s.path(site)][0, i] for record, i in zip(records, at, strict=True)])  # 2 ..
-
-    def readout(h: Tensor) -> Tensor:
-        return aim.of(s.stack.read(h[None].to(dtype), normed=False)[0])
-
-    dtype = next(s.model.parameters()).dtype
-    ends = both(f"blocks.{s.layers - 1}.resid_post")
-    g = mean_gradient(readout, ends)
-    attn, ffn = torch.zeros(s.layers), torch.zeros(s.layers)
-    heads: dict[str, list[Tensor]] = {"attn": [], "cross": []}
-    for layer in reversed(range(s.layers)):
-        feed = feedforward_of(s.stack, layer)
-        for kind in (feed, "cross", "attn"):
-            if not s.has(f"blocks.{layer}.{kind}.out"):
-                continue
-            out_norm, sum_norm = norms_after(s.stack, layer, kind)
-            out = both(f"blocks.{layer}.{kind}.out")
-            block = s.stack.blocks[layer]
-            if sum_norm:
-                stream = both(_stream_before(s, layer, kind))
-                g = _through(getattr(block, sum_norm), stream + (_apply(getattr(block, out_norm), out) if out_norm else out), g)
-            own = _through(getattr(block, out_norm), out, g) if out_norm else g
-            if kind == feed:
-                ffn[layer] = float((wide(out[1]) - wide(out[0])).double() @ own)
-                continue
-            attn[layer] += float((wide(out[1]) - wide(out[0])).double() @ own)
-            # Each head's output is made from z at this position only: that of all positions would be d_model / d_head times as large.
-            z = both(f"blocks.{layer}.{kind}.z")
-            result = getattr(block, kind).result((z[1] - z[0])[None, None], None)[0, 0].double()
-            heads[kind].insert(0, (result @ own).float().cpu())
-    first = both("blocks.0.resid_pre").double()
-    embedding = float((first[1] - first[0]) @ g)
-    rest = change - float(attn.double().sum() + ffn.double().sum()) - embedding
-    return {"heads": _table(heads["attn"]), "cross": _table(heads["cross"]), "attn": attn, "ffn": ffn, "embedding": embedding, "rest": rest}
-
-
-def _stream_before(s: Subject, layer: int, kind: str) -> str:
-    """The site of the stream that a sublayer's output is added to."""
-    order = list(s.stack.blocks[layer].order)
-    before = order[: order.index(kind)]
-    if before:
-        return f"blocks.{layer}.{'resid_mid' if before[-1] == 'attn' else 'resid_mid_cross'}"
-    return "blocks.0.resid_pre" if layer == 0 else f"blocks.{layer - 1}.resid_post"
-
-
-def _apply(norm: Any, x: Tensor) -> Tensor:
-    y: Tensor = norm(x, plain_pass(x))
-    return y
-
-
-def _through(norm: Any, ends: Tensor, g: Tensor) -> Tensor:
-    """The mean gradient before a norm, of that behind it: both [d]."""
-    return mean_gradient(lambda x: _apply(norm, x).double() @ g, ends)
-
-
-def mean_gradient(f: Any, ends: Tensor, points: int = 32) -> Tensor:
-    """``integral of grad f(x + s (y - x)) ds`` from 0 to 1 by Gauss and Legendre's rule: [d] in float64.
-
-    ``f``: [n d] -> [n], row by row. ``ends``: x and y, [2 d]. ``g . (y - x) = f(y) - f(x)`` up to what the rule leaves over.
-    """
-    node, weight = (torch.tensor(v, dtype=torch.float64, device=ends.device) for v in np.polynomial.legendre.leggauss(points))
-    x, y = ends.detach().double()
-    line = x + (node[:, None] + 1) / 2 * (y - x)
-    dtype = ends.dtype if ends.dtype == torch.float64 else torch.float32
-    with torch.enable_grad():
-        line = line.to(dtype).requires_grad_()
-        (grad,) = torch.autograd.grad(f(line).sum(), line)
-    return (weight[:, None] / 2 * grad.double()).sum(0)
-
-
-def _table(rows: list[Tensor]) -> Tensor | None:
-    """[l h], NaN where a layer has fewer heads."""
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan) if rows else None
 
 
 __all__ = ["Comparison", "compare", "mean_gradient"]

@@ -32,8 +32,8 @@ from glassformer.core.fields import described
 from glassformer.core.sites import HEAD_AXIS
 from glassformer.core.tap import Pattern, Record, Tap
 from glassformer.weights.own import Loaded
-from glassformer.weights.safetensors_file import header
 
+from . import tensor_files
 from .changes import KINDS, Add, Change, Remove, Scale, Set, Spans, Zero, spans_of, within
 
 FORMAT, VERSION = "glassformer.edits", 1
@@ -327,29 +327,16 @@ def _pretty(plain: dict[str, Any]) -> str:
 
 
 def _save_tensors(target: Path, plain: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    from safetensors.torch import save
-
     for name in tensors:
         _, i, field = name.split(".")
         plain["edits"][int(i)][field] = name
-    data = save(tensors, metadata={KEY: json.dumps(plain, ensure_ascii=False)})
-    draft = target.with_name(f".{target.name}.draft")
-    try:
-        draft.write_bytes(data)
-        files.flush(draft)
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
+    tensor_files.write(target, tensors, KEY, plain)
 
 
 def _load_tensors(file: Path) -> Intervention:
-    tensors = header(file)  # checked against the file's size before anything is believed
-    with file.open("rb") as f:
-        about = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+    tensors, plain = tensor_files.read(file, KEY)
     try:
-        plain = json.loads(about.get("__metadata__", {})[KEY])
-        entries = plain["edits"]
-        for entry in entries:
+        for entry in plain["edits"]:
             for name, value in list(entry.items()):
                 if isinstance(value, str) and value in tensors:
                     entry[name] = tensors[value].read()

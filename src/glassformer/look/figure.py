@@ -121,12 +121,17 @@ def lines(axes: Axes, theme: Theme, x: Sequence[float], named: Mapping[str, Any]
 def bars(axes: Axes, theme: Theme, names: Sequence[str], values: Any, *, title: str = "", x: str = "") -> None:
     """A bar to the side for each name, the first on top; on both sides of zero in the two colours of a signed :func:`heatmap`."""
     numbers = np.asarray(values, dtype=float)
-    below, above = theme.series[0], theme.series[1] if (numbers < 0).any() else theme.series[0]
+    below, above = below_above(theme) if (numbers < 0).any() else (theme.series[0], theme.series[0])
     axes.barh(range(len(names)), numbers, color=[above if v >= 0 else below for v in np.nan_to_num(numbers)])
     axes.set_yticks(range(len(names)), [plain_text(n) for n in names])
     axes.invert_yaxis()
     dress(axes, theme, title, x)
     axes.grid(axis="y", visible=False)
+
+
+def below_above(theme: Theme) -> tuple[str, str]:
+    """The colours of numbers below and above zero, in every figure: the cold one and the warm one, as in a signed :func:`heatmap`."""
+    return theme.series[0], theme.series[1]
 
 
 def colours(theme: Theme, signed: bool) -> Any:

@@ -162,12 +162,32 @@ class Ridge:
         return made
 
 
+def ridge_predicted(x: Tensor, y: Tensor, fold: Tensor, groups: Tensor, seed: int, parts: Sequence[slice]) -> Tensor:
+    """Held-out predictions of ``y`` [n m] by ridge regression; the strength is chosen for each of the ``parts`` of the columns by itself."""
+    out = torch.empty_like(y)
+    for train, test, fit, choose in splits(fold, groups, seed):
+        best = [RIDGE[0]] * len(parts)
+        if len(fit) and len(choose):
+            norm = Standard(x[fit])
+            ridge, inside = Ridge(norm(x[fit]), y[fit]), norm(x[choose])
+            squares = [(ridge.predict(inside, s) - y[choose]).double().square() for s in RIDGE]
+            best = [min(zip(squares, RIDGE, strict=True), key=lambda c, p=p: float(c[0][:, p].mean()))[1] for p in parts]  # type: ignore[misc]
+        norm = Standard(x[train])
+        ridge, unseen = Ridge(norm(x[train]), y[train]), norm(x[test])
+        made = {s: ridge.predict(unseen, s) for s in set(best)}
+        for p, s in zip(parts, best, strict=True):
+            out[test, p] = made[s][:, p]
+    return out
+
+
 def predicted(x: Tensor, y: Tensor, classes: int, fold: Tensor, groups: Tensor, kind: str, seed: int) -> Tensor:
     """What every row [n] is predicted to be by a probe that was fitted without its fold. ``classes``: of ``y`` [n]; 0 means numbers."""
+    if kind == "linear" and not classes:
+        return ridge_predicted(x, y[:, None], fold, groups, seed, [slice(0, 1)])[:, 0]
     out = torch.empty_like(y)
     for f, (train, test, fit, choose) in enumerate(splits(fold, groups, seed)):
         options: dict[str, Any] = {"classes": classes, "kind": kind, "seed": seed + f}
-        strengths = MLP if kind == "mlp" else LOGISTIC if classes else RIDGE
+        strengths = MLP if kind == "mlp" else LOGISTIC
         best = strengths[0]
         if len(fit) and len(choose):
             norm = Standard(x[fit])
@@ -183,12 +203,8 @@ def predicted(x: Tensor, y: Tensor, classes: int, fold: Tensor, groups: Tensor, 
 def _fits(x: Tensor, y: Tensor, *, classes: int, kind: str, seed: int, strengths: Sequence[float]) -> Iterator[Predict]:
     if kind == "mlp":
         yield from mlp(x, y, classes, strengths, seed)
-    elif classes:
-        yield from logistic(x, y, classes, strengths)
     else:
-        ridge = Ridge(x, y[:, None])
-        for s in strengths:
-            yield lambda z, s=s: ridge.predict(z, s)[:, 0]  # type: ignore[misc]
+        yield from logistic(x, y, classes, strengths)
 
 
 def _score(guess: Tensor, y: Tensor, classes: int) -> float:

@@ -94,6 +94,7 @@ class Foreign(nn.Module):
         self.final_norm = next((m for n in FINAL_NORMS if (m := _find(self.base, n)) is not None), None)
         self.causal = bool(getattr(config, "is_decoder", False)) or "CausalLM" in self.name or any("CausalLM" in str(a) for a in config.architectures or ())
         self.causal = self.causal or type(self.base).__name__.startswith("GPT") or any(getattr(m, "is_causal", False) for m in self.blocks_theirs[0].modules())
+        self.max_positions = _max_positions(self.base, config)
         self.places = dict(self._places())
         self._read_checked = False
 
@@ -183,11 +184,8 @@ class Foreign(nn.Module):
         if not isinstance(given, Tensor) or given.ndim != (2 if tokens is not None else 3):
             shape = f"has shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"is {described(type(given))}"
             raise InputError(f"What is read {shape}, but a model reads tokens [batch, position], or inputs_embeds [batch, position, d_model].")
-        most = getattr(self.config, "n_positions", None) or (
-            None if hasattr(self.config, "rope_parameters") else getattr(self.config, "max_position_embeddings", None)
-        )
-        if most is not None and given.shape[1] > most:
-            raise InputError(f"The text has {given.shape[1]} tokens, but this {self.name} has positions for {most}: give a shorter one.")
+        if self.max_positions is not None and given.shape[1] > self.max_positions:
+            raise InputError(f"The text has {given.shape[1]} tokens, but this {self.name} has positions for {self.max_positions}: give a shorter one.")
         options: dict[str, Any] = {"use_cache": False} if self.causal else {}
         if lengths is not None:
             real = torch.as_tensor(lengths, device=given.device)
@@ -339,6 +337,14 @@ def _find(module: nn.Module, path: str) -> nn.Module | None:
             return None
         module = child
     return module
+
+
+def _max_positions(base: nn.Module, config: Any) -> int | None:
+    """How many positions a model can tell apart, None for any number. RoBERTa's family counts from behind the row of its padding, so some are no place."""
+    most = getattr(config, "n_positions", None) or (None if hasattr(config, "rope_parameters") else getattr(config, "max_position_embeddings", None))
+    tables = [m for n, m in base.named_modules() if isinstance(m, nn.Embedding) and n.rsplit(".", 1)[-1].startswith("position") and m.num_embeddings == most]
+    first = max((t.padding_idx + 1 for t in tables if t.padding_idx is not None), default=0)
+    return None if most is None else int(most) - first
 
 
 def _place(block: nn.Module, site: Site, names: Sequence[str], after: bool, heads: int | None = None) -> Place | None:

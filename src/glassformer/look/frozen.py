@@ -20,7 +20,7 @@ from glassformer.core.tap import Record
 from glassformer.models.transformer import TransformerModel
 from glassformer.parts.wiring import SequentialBlock
 
-from .patching import Question
+from .patching_question import Question
 from .subject import Subject, check_layer, feedforward_of, n_heads, with_weights
 
 
@@ -51,7 +51,7 @@ def read_node(s: Subject, given: str | tuple[int, int], receiver: bool) -> list[
     """The node that a text names; a receiving head without q, k or v is all three. Raises :class:`SiteError` for what the model has not."""
     text = f"{given[0]}.{given[1]}" if isinstance(given, tuple) and len(given) == 2 else given
     if not isinstance(text, str):
-        raise SiteError(f"{given!r} names no end of a path: write '5.1', 'ffn 3' or '5.1.q'.")
+        raise SiteError(f"{given!r} names no end of a path: write '{s.layers - 1}.0', 'ffn 0' or '{s.layers - 1}.0.q'.")
     if text == ("logits" if receiver else "embed"):
         return [Node(text, s.layers if receiver else -1)]
     if found := _FFN.fullmatch(text.strip()):
@@ -72,7 +72,9 @@ def read_node(s: Subject, given: str | tuple[int, int], receiver: bool) -> list[
             raise SiteError(f"{given!r} is an input; a sender is a head's output: write '{layer}.{head}'.")
         parts = (part,) if part or not receiver else ("q",) if kind == "cross" else ("q", "k", "v")
         return [Node(kind, layer, head, p) for p in parts]
-    example = "'5.1.q', '5.1' (its q, k and v), 'cross 2.0.q', 'ffn 3' or 'logits'" if receiver else "'5.1', 'cross 2.0', 'ffn 3' or 'embed'"
+    last = f"{s.layers - 1}.0"  # an example that this model has
+    cross = (f"'cross {last}.q', " if receiver else f"'cross {last}', ") if s.has("blocks.*.cross.z") else ""
+    example = f"'{last}.q', '{last}' (its q, k and v), {cross}'ffn 0' or 'logits'" if receiver else f"'{last}', {cross}'ffn 0' or 'embed'"
     raise SiteError(f"{given!r} is no {'receiver' if receiver else 'sender'}: write {example}.")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import struct
 import zlib
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .journey_overview import OVERVIEW, overview
 from .journey_scene import Scene
 from .result import STYLE, written
 
@@ -42,7 +42,7 @@ ol.text small { color: var(--dim); margin-left: .4em; }
 def page_of(journey: Any) -> str:
     """The whole page."""
     title = html.escape(journey.title)
-    body, left, chapter = [f"<h1>{title}</h1>", _text(journey), _figure(journey)], MOST_PICTURES, None
+    body, left, chapter = [f"<h1>{title}</h1>", _text(journey), overview(journey)], MOST_PICTURES, None
     for step in journey.shown:
         named = _chapter(step, journey)
         if named != chapter:
@@ -55,18 +55,7 @@ def page_of(journey: Any) -> str:
         body.append(f'<p class="note">A page has {MOST_PICTURES} pictures at most; journey(…, layer=) shows one layer with all of its own.</p>')
     return f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">\
 <meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">\
-<title>{title}</title><style>{STYLE}{_STYLE}</style></head><body>{"".join(body)}</body></html>\n'
-
-
-def _figure(journey: Any) -> str:
-    """The figure, light and dark, smaller than on a page of its own."""
-    sources = []
-    for dark in (True, False):
-        out = io.BytesIO()
-        journey.plot(dark).savefig(out, format="png", dpi=75)
-        sources.append("data:image/png;base64," + base64.b64encode(out.getvalue()).decode())
-    alt = "the length of the stream after each step, what each layer adds, what is expected"
-    return f'<picture><source media="(prefers-color-scheme: dark)" srcset="{sources[0]}"><img alt="{alt}" src="{sources[1]}"></picture>'
+<title>{title}</title><style>{STYLE}{_STYLE}{OVERVIEW}</style></head><body>{"".join(body)}</body></html>\n'
 
 
 def _text(journey: Any) -> str:

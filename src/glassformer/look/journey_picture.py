@@ -34,6 +34,11 @@ def stream_lengths(journey: Any) -> Tensor:
     return torch.stack([journey.values(name).norm(dim=-1) for _, name in stations(journey)])
 
 
+def steep(lengths: Tensor) -> bool:
+    """Whether lengths span so much that only their order of magnitude shows all rows: from an embedding to the last layers they may grow a thousandfold."""
+    return float(lengths.max()) > 30 * float(lengths.min())
+
+
 def additions(journey: Any) -> dict[str, Tensor]:
     """What each sublayer adds to the stream, as lengths at the position: by kind, one number per layer."""
     way = journey._way
@@ -70,12 +75,10 @@ def draw_journey(journey: Any, figure: Figure, theme: Theme) -> None:
     columns = list(journey.pieces[first:])
     rows = [word for word, _ in stations(journey)]
     texts = [[f"{x:.0f}" if x >= 100 else f"{x:.3g}" for x in row] for row in shown.tolist()] if shown.shape[1] <= 14 and len(rows) <= 40 else None
-    # From an embedding to the last layers lengths may grow a thousandfold: then only their order of magnitude shows all rows.
-    steep = float(shown.max()) > 30 * float(shown.min())
     whole = "" if not first else f" (the last {MOST_TOKENS} of {lengths.shape[1]} tokens)"
-    colour = shown.clamp(min=1e-12).log10() if steep else shown
+    colour = shown.clamp(min=1e-12).log10() if steep(shown) else shown
     title = f"length of the stream after each step{whole}"
-    heatmap(left, theme, colour, rows, columns, title=title, label="length, its logarithm to base 10" if steep else "length", texts=texts)
+    heatmap(left, theme, colour, rows, columns, title=title, label="length, its logarithm to base 10" if steep(shown) else "length", texts=texts)
     added = additions(journey)
     layers = list(range(max(map(len, added.values()), default=0)))
     here = journey._way.subject.labels([journey.position])[0]

@@ -89,10 +89,13 @@ class Scene:
         if self._head is not None and self._head < self.attention.n_heads:
             return self._head
         root = self.step.name[: self.step.name.index(".cross." if ".cross." in self.step.name else ".attn.")]
-        kind = "cross" if ".cross." in self.step.name else "attn"
-        rows = self.get(f"{root}.{kind}.pattern", position=self.t)
-        rows = rows / rows.sum(-1, keepdim=True).clamp(min=1e-30)
-        return int(bits(rows).argmin())
+        pattern = f"{root}.{'cross' if '.cross.' in self.step.name else 'attn'}.pattern"
+        narrowest: dict[tuple[str, int], int] = self.way.narrowest
+        if (pattern, self.t) not in narrowest:  # every sentence of the layer asks
+            rows = self.get(pattern, position=self.t)
+            rows = rows / rows.sum(-1, keepdim=True).clamp(min=1e-30)
+            narrowest[pattern, self.t] = int(bits(rows).argmin())
+        return narrowest[pattern, self.t]
 
     @property
     def group(self) -> int:

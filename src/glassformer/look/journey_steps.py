@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from glassformer.parts.experts import ExpertsLayer
-from glassformer.parts.feedforward import ClampedGatedLayer, GatedLayer, PlainLayer
+from glassformer.parts.feedforward import GatedLayer, PlainLayer
 from glassformer.parts.norm import DynamicTanhLayer, JointLayer, LayerNormLayer, NoNormLayer, RMSNormLayer
 from glassformer.parts.wiring import _AFTER, ParallelBlock
 
 from .journey_attention import Heads
-from .journey_formulas import groups, linear, norm_formula, position_formula
+from .journey_feedforward import experts, feedforward
+from .journey_formulas import linear, norm_formula, position_formula
 from .journey_run import ALL, Half, Pick
 
 Compute = Callable[[Pick], Tensor]
@@ -127,11 +128,14 @@ class Plan:
 
     def embedding(self, stack: Any) -> str:
         """From ids to the stream that enters block 0."""
-        e, half, spec = stack.embed, self.half, stack.spec
-        w, ds, t = e.width, e.d_sum, self.t
-        tokens = self.add(
-            "tokens", "tokens", "the text as pieces, each with its number", "ids = tokenizer(text)", "t", (t,), (), lambda _: half.tokens[0], dtype="int64"
-        )
+        title, formula = "the text as pieces, each with its number", "ids = tokenizer(text)"
+        tokens = self.add("tokens", "tokens", title, formula, "t", (self.t,), (), lambda _: self.half.tokens[0], dtype="int64")
+        return self._summed(stack, self._looked_up(stack, tokens))
+
+    def _looked_up(self, stack: Any, x: str) -> str:
+        """Each token's vector, before positions are added."""
+        e, t = stack.embed, self.t
+        w, ds = e.width, e.d_sum
         before: list[tuple[str, str, str, str, int, Callable[[Tensor], Tensor]]] = [
             ("rows", "embed", "look up each token's vector", "x[t] = E[ids[t]]", w, lambda ids: e.look_up(ids[None])[0])
         ]
@@ -143,11 +147,16 @@ class Plan:
             before.append(("lifted", "map", "lift narrow rows to the stream's width", linear("x", "W_lift", "x", e.lift_tokens), ds, e.lift_tokens))
         if e.spec.n_types:
             before.append(("typed", "add", "add the vector of token type 0", "x = x + types[0]", ds, lambda x: x + e.types[0]))
-        x = tokens
         for n, (short, kind, title, formula, width, fn) in enumerate(before):
             name = "embed" if n == len(before) - 1 else f"embed.{short}"
             axes = "t d" if width == self.d else "t w"
             x = self.add(name, kind, title, formula, axes, (t, width), (x,), lambda pick, x=x, fn=fn: fn(self.of(x)))  # type: ignore[misc]
+        return x
+
+    def _summed(self, stack: Any, x: str) -> str:
+        """Positions added, the sum normed and lifted, where the model does so."""
+        e, half, spec, t = stack.embed, self.half, stack.spec, self.t
+        ds = e.d_sum
         normed, lifts = not isinstance(e.norm, NoNormLayer), not isinstance(e.lift_sum, nn.Identity)
         after = [k for k, on in (("sum", spec.position.adds), ("normed", normed), ("lifted_sum", lifts)) if on]
         names = {k: f"embed.{k}" for k in after}
@@ -202,21 +211,11 @@ class Plan:
             y = y.flatten(-2) if joint else y
             return y if y.dtype in (torch.float32, torch.float64) else y.float()
 
-        used = [x]
+        used, one = [x], " ".join([*rows, "1"])
         if isinstance(inner, LayerNormLayer):
-            used.append(
-                self.add(
-                    f"{path}.mean",
-                    "norm.mean",
-                    "the mean over features",
-                    "mean = Σ_d x / d",
-                    " ".join([*rows, "1"]),
-                    small,
-                    (x,),
-                    lambda pick: read(pick).mean(-1, keepdim=True),
-                    by_row=by_row,
-                )
-            )
+            title, formula = "the mean over features", "mean = Σ_d x / d"
+            mean = self.add(f"{path}.mean", "norm.mean", title, formula, one, small, (x,), lambda pick: read(pick).mean(-1, keepdim=True), by_row=by_row)
+            used.append(mean)
         if isinstance(inner, LayerNormLayer | RMSNormLayer):
             centred = isinstance(inner, LayerNormLayer)
             formula = f"scale = √(Σ_d (x − mean)² / d + {inner.eps:g})" if centred else f"scale = √(Σ_d x² / d + {inner.eps:g})"
@@ -226,28 +225,15 @@ class Plan:
                 y = y - y.mean(-1, keepdim=True) if centred else y
                 return (y.pow(2).mean(-1, keepdim=True) + inner.eps).sqrt()
 
-            name = self.add(
-                f"{path}.scale", "norm.scale", "what the norm divides by", formula, " ".join([*rows, "1"]), small, tuple(used), scale, by_row=by_row
-            )
-            used.append(name)
+            used.append(self.add(f"{path}.scale", "norm.scale", "what the norm divides by", formula, one, small, tuple(used), scale, by_row=by_row))
         assert isinstance(inner, LayerNormLayer | RMSNormLayer | DynamicTanhLayer)
 
         def normed(pick: Pick) -> Tensor:
             y: Tensor = module(self.of(x, pick if by_row else ALL)[None], self.half.aside())[0]
             return y
 
-        return self.add(
-            out,
-            "norm.normed",
-            "the norm",
-            norm_formula(inner),
-            step.axes,
-            step.shape,
-            tuple(used),
-            compute or normed,
-            by_row=by_row and compute is None,
-            module=inner,
-        )
+        formula, whole = norm_formula(inner), compute is None and by_row
+        return self.add(out, "norm.normed", "the norm", formula, step.axes, step.shape, tuple(used), compute or normed, by_row=whole, module=inner)
 
     # A block
 
@@ -293,99 +279,7 @@ class Plan:
         layer = getattr(block, name)
         self.aliases[f"{self.prefix}blocks.{i}.{name}.in"] = x
         if isinstance(layer, ExpertsLayer):
-            return self.experts(i, layer, x)
+            return experts(self, i, layer, x)
         if isinstance(layer, PlainLayer | GatedLayer):
-            return self.feedforward(i, "ffn", layer, x)
+            return feedforward(self, i, "ffn", layer, x)
         return Heads(self, i, name, layer).build(x)
-
-    # Feed-forward
-
-    def feedforward(self, i: int, path: str, layer: Any, x: str) -> str:
-        """Expand, bend, (gate,) recombine."""
-        root, f, t = f"blocks.{i}.{path}.", layer.spec.d_ff, self.t
-        act = layer.spec.act
-        if isinstance(layer, PlainLayer):
-            formula = linear("pre", "W_in", "x", layer.up)
-            pre = self.add(root + "pre", "ffn.pre", "expand", formula, "t f", (t, f), (x,), self.site(i, f"{path}.pre"), module=act)
-            formula = f"post = {act}(pre)"
-            post = self.add(root + "post", "ffn.post", "the activation", formula, "t f", (t, f), (pre,), self.site(i, f"{path}.post"), module=act)
-        else:
-            clamped = isinstance(layer, ClampedGatedLayer)
-            gate = self.add(
-                root + "gate", "ffn.gate", "expand to the gate", linear("gate", "W_gate", "x", layer.gate_up), "t f", (t, f), (x,), self.site(i, f"{path}.gate")
-            )
-            limit, alpha = getattr(layer, "limit", 0.0), getattr(layer, "alpha", 0.0)
-
-            def opened(_: Pick) -> Tensor:
-                g = self.of(gate)
-                if clamped:
-                    g = g.clamp(max=limit)
-                    return g * torch.sigmoid(g * alpha)
-                y: Tensor = layer.act(g)
-                return y
-
-            formula = f"g = min(gate, {limit:g}); gate_act = g · σ({alpha:g} g)" if clamped else f"gate_act = {act}(gate)"
-            bent = self.add(root + "gate_act", "ffn.gate_act", "the gate's activation", formula, "t f", (t, f), (gate,), opened, module=act)
-            formula = linear("pre", "W_up", "x", layer.gate_up)
-            pre = self.add(root + "pre", "ffn.values", "expand to what the gate multiplies", formula, "t f", (t, f), (x,), self.site(i, f"{path}.pre"))
-            formula = f"post = gate_act ⊙ (clamp(pre, ±{limit:g}) + 1)" if clamped else "post = gate_act ⊙ pre"
-            post = self.add(root + "post", "ffn.post", "the gate lets through", formula, "t f", (t, f), (bent, pre), self.site(i, f"{path}.post"), module=act)
-        formula = linear("out", "W_out", "post", layer.down)
-        return self.add(root + "out", "ffn.out", "recombine the units", formula, "t d", (t, self.d), (post,), self.site(i, f"{path}.out"))
-
-    def experts(self, i: int, layer: Any, x: str) -> str:
-        """The router chooses, the chosen experts answer, their answers are weighed."""
-        root, t, spec = f"blocks.{i}.experts.", self.t, layer.spec
-        e, c = spec.n_experts, spec.top_k
-        routing = "σ(logits)" if type(layer.routing).__name__.startswith("Sigmoid") else "softmax_e(logits)"
-        made = self.add(
-            root + "logits",
-            "experts.logits",
-            "how well each expert suits",
-            linear("logits", "W_r", "x", layer.router),
-            "t e",
-            (t, e),
-            (x,),
-            lambda _: layer.logits(self.of(x)[None])[0],
-        )
-        router = self.add(
-            root + "router", "experts.router", "the router's probabilities", f"router = {routing}", "t e", (t, e), (made,), self.site(i, "experts.router")
-        )
-        rule = "the c greatest of router" + (" + correction" if hasattr(layer.routing, "correction") else "") + groups(spec)
-        chosen = self.add(
-            root + "chosen", "experts.chosen", "the experts chosen", f"chosen = {rule}", "t c", (t, c), (router,), self.site(i, "experts.chosen"), dtype="int64"
-        )
-
-        def weigh(_: Pick) -> Tensor:
-            w = self.of(router).gather(-1, self.of(chosen))
-            w = w / w.sum(-1, keepdim=True) if spec.normalise else w
-            return w * spec.routing.scale
-
-        formula = "w = router[chosen]" + (" / Σ_c router[chosen]" if spec.normalise else "") + (f" · {spec.routing.scale:g}" if spec.routing.scale != 1 else "")
-        weights = self.add(root + "weights", "experts.weights", "what each chosen expert counts", formula, "t c", (t, c), (router, chosen), weigh)
-
-        def answer(_: Pick) -> Tensor:
-            flat, at = self.of(x), self.of(chosen)
-            out = flat.new_zeros(t * c, flat.shape[-1])
-            for n, places in layer.visits(at[None]):
-                out[places] = layer.experts[n](flat[places // c][None], self.half.aside())[0]
-            return out.view(t, c, -1)
-
-        answers = self.add(
-            root + "answers",
-            "experts.answers",
-            "what each chosen expert gives",
-            "answers[t, c] = expert_chosen[t, c](x[t])",
-            "t c d",
-            (t, c, self.d),
-            (x, chosen),
-            answer,
-        )
-        if layer.shared is None:
-            used: tuple[str, ...] = (weights, answers)
-            formula = "out = Σ_c w ⊙ answers"
-        else:
-            self.aliases[f"{self.prefix}{root}shared.in"] = x
-            used = (weights, answers, self.feedforward(i, "experts.shared", layer.shared, x))
-            formula = "out = Σ_c w ⊙ answers + shared.out"
-        return self.add(root + "out", "ffn.out", "weigh the answers", formula, "t d", (t, self.d), used, self.site(i, "experts.out"))

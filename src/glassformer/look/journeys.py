@@ -63,6 +63,7 @@ class Way:
         self.steps = {name: step for plan in plans for name, step in plan.steps.items()}
         self.aliases = {name: step for plan in plans for name, step in plan.aliases.items()}
         self.said: dict[tuple[str, int, int | None], str] = {}
+        self.narrowest: dict[tuple[str, int], int] = {}
 
     def step(self, name: str) -> JourneyStep:
         """A step by its name (that of a decoder also without its prefix); raises :class:`SiteError` with the nearest ones."""

@@ -10,8 +10,7 @@ the read-out does not show. A tuned lens (:mod:`~glassformer.look.tuned`) maps e
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +19,15 @@ from torch import Tensor
 
 from glassformer.core.errors import InputError
 from glassformer.core.fields import described
-from glassformer.core.flow import Pass
 from glassformer.core.numerics import wide
-from glassformer.core.tap import Edit, Record, Tap
-from glassformer.models.transformer import TransformerModel
-from glassformer.parts.norm import LayerNormLayer, NoNormLayer, RMSNormLayer
-from glassformer.parts.wiring import SequentialBlock
+from glassformer.core.tap import Tap
 
+from .distributions import entropy, js, kl
 from .figure import Theme, heatmap, lines
+from .lens_reading import FrozenReadOut, added, added_of, check_linear, norms_after, plain_pass, stream_sites, streams_of
 from .result import Cell, Grid, Result
-from .shown import shown
-from .subject import Positions, Subject, Text, check_reads_tokens, choose, feedforward_of, read, with_weights
+from .shown import short, shown
+from .subject import Positions, Subject, Text, check_reads_tokens, choose, read
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +36,8 @@ if TYPE_CHECKING:
 
     from .tuned import TunedLens
 
-OF = ("resid_post", "resid_mid", "attn", "cross", "ffn")
+STREAMS = ("resid_post", "resid_mid")
+OF = (*STREAMS, "attn", "cross", "ffn")
 NORMS = ("own", "final")
 MOST_WRITTEN = 40
 """Columns of a figure that hold their token in writing; of more only the colours are drawn."""
@@ -66,9 +64,9 @@ class LogitLens(Result):
     scores: Tensor
     """[r t k] Their scores before soft-max (with ``norm="final"``: what is added to their logits)."""
     entropy: Tensor
-    """[r t] Of the distribution read there."""
+    """[r t] Of the distribution read there, in bits."""
     kl: Tensor
-    """[r t] Divergence KL(model's output || distribution read there); 0 in a last row that is the output."""
+    """[r t] Divergence KL(model's output || distribution read there), in bits; 0 in a last row that is the output."""
     choice: Tensor
     """[t] The model's own most probable token."""
     choice_p: Tensor
@@ -130,8 +128,8 @@ class LogitLens(Result):
             "reads",
             "adds" if self.norm == "final" else "p",
             *(() if self.words else ("then",)),
-            "entropy",
-            "KL to output",
+            "entropy (bits)",
+            "KL (bits)",
             "rank of choice",
         ]
         columns += [f"{kind} {name!r}" for name in self.words for kind in ("rank", "p")]
@@ -154,7 +152,8 @@ class LogitLens(Result):
                     cells += [int(self.word_rank[w, i, j]), digits(self.word_p[w, i, j])]
                 cells += [] if self.target_value is None else [digits(self.target_value[i, j])]
                 rows.append(tuple(cells))
-        note = "Entropy and KL in bits. Rank of choice: of the token that the model's output holds most probable at that position; 1 is first."
+        note = "Entropy and KL in bits, KL(model's output || what is read there). Rank of choice: of the token that the model's output holds most probable at "
+        note += "that position; 1 is first."
         if self.norm == "final":
             note += "\nWhat is added is no distribution: entropy, KL and p are those of its soft-max, as if nothing else were added."
         return Grid(tuple(columns), tuple(rows), note)
@@ -220,41 +219,50 @@ def logit_lens(
     """
     s = read(model, text, tokenizer, source=source, tap=tap)
     check_reads_tokens(s.stack, "A lens")
+    _check(of, norm, words, top, tuned)
+    if tuned is not None:
+        tuned.check(s.model)
+    at = s.positions(positions)
+    ids = [s.token(w) for w in ([words] if isinstance(words, int | str) else words)]
+    rows, hidden, logits = streams_of(s, of) if of in STREAMS else added_of(s, of, norm)
+    final = logits[at]
+    reader = _Reader(s, final, ids, target, min(top, logits.shape[-1]), keep_logits)
+    for r, scores in enumerate(_scores(s, hidden, at, final, of, norm, tuned)):
+        reader.add(scores, own=of in STREAMS and r == len(hidden) - 1)
+    return reader.result(of=of, norm=norm, rows=rows, positions=tuple(at), pieces=tuple(s.pieces[i] for i in at), tuned=tuned is not None)
+
+
+def _check(of: str, norm: str, words: Any, top: int, tuned: Any) -> None:
+    """Raise :class:`InputError` for what no lens can be asked."""
     choose(of, OF, "stream or sublayer that a lens reads")
     choose(norm, NORMS, "norm of a lens")
     if isinstance(top, bool) or not isinstance(top, int) or top < 1:
         raise InputError(f"top={top!r}: at least 1 token is kept at each place.")
-    streams = of.startswith("resid")
-    if streams and norm == "final":
+    if of in STREAMS and norm == "final":
         raise InputError(
             f"norm='final' is for what a sublayer adds, but of={of!r} reads whole streams, which have a norm of their own: use of='attn' or 'ffn'."
         )
     if tuned is not None and of != "resid_post":
         raise InputError(f"A tuned lens maps the streams between blocks, but of={of!r} was asked for: use of='resid_post'.")
-    if tuned is not None:
-        if not hasattr(tuned, "map"):
-            raise InputError(
-                f"tuned= is a TunedLens, but {described(type(tuned))} was given: load_tuned_lens(folder) opens one, tuned_lens(model, texts) trains one."
-            )
-        tuned.check(s.model)
+    if tuned is not None and not hasattr(tuned, "map"):
+        raise InputError(
+            f"tuned= is a TunedLens, but {described(type(tuned))} was given: load_tuned_lens(folder) opens one, tuned_lens(model, texts) trains one."
+        )
     if not isinstance(words, int | str) and not (hasattr(words, "__iter__") and hasattr(words, "__len__")):
         raise InputError(f"words= is a token (its id or its text) or a list of tokens, but {described(type(words))} was given.")
-    at = s.positions(positions)
-    ids = [s.token(w) for w in ([words] if isinstance(words, int | str) else words)]
-    rows, hidden, logits = _streams(s, of) if streams else _added(s, of, norm)
-    final = logits[at]
-    read_row = _Reader(s, final, ids, target, min(top, logits.shape[-1]), keep_logits)
+
+
+def _scores(s: Subject, hidden: Sequence[Tensor], at: Sequence[int], final: Tensor, of: str, norm: str, tuned: TunedLens | None) -> Iterator[Tensor]:
+    """[t v] What the read-out makes of each depth; the last stream's is the model's own output."""
     frozen = None if norm == "own" else FrozenReadOut(s, at)
     for r, h in enumerate(hidden):
-        own = streams and r == len(hidden) - 1
-        if own:
-            scores = final
+        x = h[list(at)]
+        if of in STREAMS and r == len(hidden) - 1:
+            yield final
         elif frozen is not None:
-            scores = frozen(h[at])
+            yield frozen(x)
         else:
-            scores = s.stack.read((h[at] if tuned is None else tuned.map(h[at], r))[None], normed=False)[0]
-        read_row.add(scores, own)
-    return read_row.result(of=of, norm=norm, rows=rows, positions=tuple(at), pieces=tuple(s.pieces[i] for i in at), tuned=tuned is not None)
+            yield s.stack.read((x if tuned is None else tuned.map(x, r))[None], normed=False)[0]
 
 
 class _Reader:
@@ -315,137 +323,9 @@ class _Reader:
         )
 
 
-# What is read
-
-
-def stream_sites(s: Subject, between: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names and sites of the streams between blocks: the one that enters block 0, then the one after each block (``between``: after each sublayer)."""
-    names, sites = ["embedding"], ["blocks.0.resid_pre"]
-    for i in range(s.layers):
-        for site, after in (("resid_mid", "attn"), ("resid_mid_cross", "cross")) if between else ():
-            if s.has(path := f"blocks.{i}.{site}"):
-                names.append(f"block {i} {after}")
-                sites.append(path)
-        names.append(f"block {i}" if i < s.layers - 1 else "output")
-        sites.append(f"blocks.{i}.resid_post")
-    return tuple(names), tuple(sites)
-
-
-def _streams(s: Subject, of: str) -> tuple[tuple[str, ...], list[Tensor], Tensor]:
-    """Names, streams [t d] and the model's logits [t v]."""
-    between = of == "resid_mid"
-    if between and not isinstance(s.stack, TransformerModel):
-        s.path("blocks.*.resid_mid")  # says why it cannot be reached
-    if between and not s.has("blocks.*.resid_mid"):
-        raise InputError("of='resid_mid' asks for the stream between attention and feed-forward, but here both read the same stream: use of='attn' or 'ffn'.")
-    names, sites = stream_sites(s, between)
-    record, logits = s.run(*sites)
-    return names, [record[s.path(site)][0] for site in sites], logits
-
-
-def _added(s: Subject, of: str, norm: str) -> tuple[tuple[str, ...], list[Tensor], Tensor]:
-    """Names, what each sublayer of one kind adds [t d], and the model's logits [t v]."""
-    if norm == "final":
-        check_linear(s)
-    kinds = [feedforward_of(s.stack, i) if of == "ffn" else of for i in range(s.layers)]
-    there = [i for i in range(s.layers) if s.has(f"blocks.{i}.{kinds[i]}.out")]
-    if not there:
-        raise InputError(f"of={of!r} asks for what {of} adds, but this model has none: use of='attn' or 'ffn'.")
-    sites = [f"blocks.{i}.{kinds[i]}.out" for i in there]
-    record, logits = s.run(*sites)
-    return tuple(f"block {i} {kinds[i]}" for i in there), [added(s, record, i, kinds[i])[0] for i in there], logits
-
-
-def added(s: Subject, record: Record, layer: int, kind: str) -> Tensor:
-    """[b t d] What a sublayer adds to the stream: its output, behind the norm that some wirings put there."""
-    y = record[s.path(f"blocks.{layer}.{kind}.out")]
-    if not isinstance(s.stack, TransformerModel):
-        behind = s.stack.norm_behind(layer, kind)
-        return y if behind is None else behind(y)
-    name, _ = norms_after(s.stack, layer, kind)
-    if not name:
-        return y
-    normed: Tensor = getattr(s.stack.blocks[layer], name)(y, plain_pass(y))
-    return normed
-
-
-def norms_after(stack: Any, layer: int, kind: str) -> tuple[str, str]:
-    """The names of the norms of what a sublayer returns, and of the sum that it is added to (empty: none)."""
-    block = stack.blocks[layer] if isinstance(stack, TransformerModel) else None
-    if isinstance(block, SequentialBlock):
-        return next((out, after) for name, _, out, after in block.steps if name == kind)
-    return "", ""
-
-
-def plain_pass(x: Tensor, tap: Any = None) -> Pass:
-    """The side inputs of a part that is called by itself on [.. t d]."""
-    index = torch.arange(x.shape[-2], device=x.device)
-    return Pass(positions=index, index=index, tap=tap)
-
-
-# The read-out as a linear map
-
-
-def check_linear(s: Subject) -> None:
-    """Raise :class:`InputError` unless what a sublayer adds reaches the scores before the cap by a linear map, once the final norm's scale is known."""
-    stack = with_weights(s.stack, "norm='final'")
-    todo = "use norm='own'"
-    if any(norms_after(stack, i, kind)[1] for i, block in enumerate(stack.blocks) for kind in getattr(block, "order", ())):
-        raise InputError(
-            f"norm='final' reads parts of the final stream, but here a norm stands behind every sum (post-norm), which no part passes alone: {todo}."
-        )
-    if not isinstance(stack.final_norm, LayerNormLayer | RMSNormLayer | NoNormLayer):
-        kind = type(stack.spec.final_norm).__name__
-        raise InputError(f"norm='final' divides by the final norm's scale, but {kind} is no division by a number: {todo}.")
-    if stack.readout.transform is not None:
-        raise InputError(f"norm='final' adds up parts of the logits, but this read-out has a transform that is not linear: {todo}.")
-
-
-class FrozenReadOut:
-    """Final norm and read-out at the scale of the model's own final stream at these positions, without biases and cap: linear, [t d] -> [t v]."""
-
-    def __init__(self, s: Subject, at: Sequence[int]):
-        self.stack = s.stack
-        self.tap: Edit | None = None
-        if not isinstance(self.stack.final_norm, NoNormLayer):
-            record, _ = s.run("final_norm.scale")
-            scale = record[s.path("final_norm.scale")][0, list(at)]
-            self.tap = Edit("scale", lambda _: scale)
-
-    def __call__(self, h: Tensor) -> Tensor:
-        p, norm, out = plain_pass(h, self.tap), self.stack.final_norm, self.stack.readout
-        # A norm whose scale is held is affine; what it makes of 0 is its bias.
-        y = norm(h, p) - norm(torch.zeros_like(h), p)
-        scores: Tensor = torch.nn.functional.linear(y * out.factor, out.weight)
-        return scores
-
-
-# Distributions, in bits
-
-
-def entropy(logp: Tensor) -> Tensor:
-    """``-sum_v p_v log2 p_v`` of log-probabilities [.. v]."""
-    # 0 * -inf is nan: a token that is excluded outright carries no surprise.
-    return -(logp.exp() * logp.clamp_min(torch.finfo(logp.dtype).min)).sum(-1) / math.log(2.0)
-
-
-def kl(logp: Tensor, logq: Tensor) -> Tensor:
-    """``KL(p || q) = sum_v p_v log2(p_v / q_v)``, [.. v]; 0 where both are the same tensor's values."""
-    gap = torch.where(logp > -math.inf, logp - logq, torch.zeros_like(logp))
-    return (logp.exp() * gap).sum(-1) / math.log(2.0)
-
-
-def js(logp: Tensor, logq: Tensor) -> Tensor:
-    """``JS(p, q) = KL(p || m) / 2 + KL(q || m) / 2`` with ``m = (p + q) / 2``: 0 for equal distributions, 1 bit for ones that share no token."""
-    m = torch.logaddexp(logp, logq) - math.log(2.0)
-    return (kl(logp, m) + kl(logq, m)) / 2
-
-
 def digits(value: Any) -> float:
     """A number to three digits: a table of many columns stays narrow, and the fields hold all digits."""
     return float(f"{float(value):.3g}")
 
 
-def short(text: str, most: int = 10) -> str:
-    """A piece that fits into a cell."""
-    return text if len(text) <= most else text[: most - 1] + "…"
+__all__ = ["FrozenReadOut", "LogitLens", "added", "check_linear", "entropy", "js", "kl", "logit_lens", "norms_after", "plain_pass", "stream_sites"]

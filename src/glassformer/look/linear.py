@@ -30,7 +30,7 @@ from glassformer.parts.experts import ExpertsLayer
 from glassformer.parts.norm import DynamicTanhLayer, LayerNormLayer, NoNormLayer, RMSNormLayer
 from glassformer.parts.wiring import ParallelBlock, SequentialBlock
 
-from .subject import Subject, feedforward_of, with_weights
+from .subject import Subject, feedforward_of, reads_tokens, with_weights
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,8 @@ class Walk:
     """What embedding and positions go through before the first block."""
     steps: list[Step]
     final: list[Frozen]
+    logits: Tensor | None = None
+    """[p v], where a tap of the subject's own may have changed them."""
 
     def __getitem__(self, site: str) -> Tensor:
         return wide(self.record[self.subject.prefix + site])
@@ -299,8 +301,13 @@ def walk(s: Subject, rows: list[int], what: str, *more: str) -> Walk:
         wanted += [f"blocks.*.{name}.{site}" for site in ("out", *(("in", "router", "chosen") if name == "experts" else ()))]
     record = Rows(rows, *(s.path(site) for site in wanted))
     with torch.no_grad(), evaluating(s.model):
-        s.model(*s.inputs, tap=record, **last_only(s))  # the logits wanted are computed from the last stream
-        made = Walk(s, rows, record, [], [], [])
+        if s.tap is None:
+            s.model(*s.inputs, tap=record, **last_only(s))  # the logits wanted are computed from the last stream
+            logits = None
+        else:
+            output = s.model(*s.inputs, tap=s.tap | record)
+            logits = output[0, rows] if reads_tokens(stack) else None
+        made = Walk(s, rows, record, [], [], [], logits)
         made.embed.extend(_embedding(made))
         for i, block in enumerate(stack.blocks):
             made.steps.extend(steps_of(made, block, i))

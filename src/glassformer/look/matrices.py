@@ -14,7 +14,7 @@ Every matrix acts on rows: ``W_E [v d]``, ``W_pos [p d]``, ``W_Q W_K W_V [d k]``
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,17 +25,18 @@ from glassformer.core.fields import described
 from glassformer.core.modes import evaluating
 from glassformer.models.encoder_decoder import EncoderDecoderModel
 from glassformer.models.transformer import TransformerModel
-from glassformer.parts.attention import AttentionLayer, CrossAttentionLayer, matrix_of
+from glassformer.parts.attention import matrix_of
 from glassformer.parts.embed import LiftTokens
 from glassformer.parts.experts import ExpertsLayer
-from glassformer.parts.feedforward import GatedLayer, PlainLayer
 from glassformer.parts.norm import NoNormLayer
 from glassformer.parts.position import LearnedLayer
 from glassformer.parts.readout import LanguageModel
+from glassformer.text import Tokenizer
 from glassformer.weights.own import Loaded
 
 from .folded import exact, fold
-from .subject import check_layer, with_weights
+from .layer_matrices import bias_of, entry_of, gated_of, projection, projection_bias, rows_of
+from .subject import check_layer, n_heads, with_weights
 
 
 class PerLayer:
@@ -95,13 +96,26 @@ class Weights:
     fold_value_bias: bool = False
     made: Any = field(default=None, repr=False)
     kind: str = "attn"
+    tokenizer: Tokenizer | None = field(default=None, repr=False)
+    """Of what ``gf.load`` gave: names tokens in what is read off the view."""
+
+    def __repr__(self) -> str:
+        spec = self._stack.spec
+        heads = sorted({n_heads(self._stack, i) for i in range(self.n_layers)})
+        count = "–".join(str(n) for n in (heads[0], heads[-1])[: len(heads)]) if heads else "0"
+        done = [n for n in SWITCHES if getattr(self, n)] or ["as the model has them"]
+        of = " cross-attention" if self.kind == "cross" else ""
+        return (
+            f"Weights of a {type(spec).__name__}{of}: {self.n_layers} layers of {count} heads, d_model {spec.d_model}, "
+            f"{spec.vocab_size:,} tokens ({', '.join(done)})"
+        )
 
     # Views
 
     @property
     def plain(self) -> Weights:
         """As the model has them."""
-        return weights(self.origin)
+        return self.view(**dict.fromkeys(SWITCHES, False))
 
     @property
     def folded(self) -> Weights:
@@ -113,14 +127,14 @@ class Weights:
         """The same names for the cross-attention of a decoder that reads an encoder."""
         if not hasattr(self._stack.blocks[0], "cross"):
             raise InputError("This model has no cross-attention: only the decoder of an encoder-decoder has one.")
-        return Weights(self.origin, self.fold_norms, self.centre_writing, self.centre_readout, self.fold_value_bias, self.made, "cross")
+        return replace(self, kind="cross")
 
     def view(self, **switches: bool) -> Weights:
         """Another view of the same model: ``w.view(centre_readout=True)`` keeps the switches that it does not name."""
         now = {n: getattr(self, n) for n in SWITCHES}
         if unknown := [n for n in switches if n not in now]:
             raise InputError(f"There is no switch {unknown[0]!r} for a view of weights; there are {', '.join(SWITCHES)}.")
-        return weights(self.origin, **(now | switches))
+        return replace(weights(self.origin, **(now | switches)), kind=self.kind, tokenizer=self.tokenizer)
 
     def model(self) -> Any:
         """A model that has these matrices and computes the same function; tensors that did not change are the first model's own (do not train it)."""
@@ -135,9 +149,7 @@ class Weights:
 
     @property
     def _stack(self) -> TransformerModel:
-        model = self.model()
-        stack: TransformerModel = model.decoder if isinstance(model, EncoderDecoderModel) else model
-        return stack
+        return stack_of(self.model())
 
     @property
     def n_layers(self) -> int:
@@ -190,17 +202,17 @@ class Weights:
     @property
     def W_Q(self) -> PerLayer:
         """[h d k] in a layer."""
-        return self._attention("W_Q", "h d k", lambda a: _projection(a, 0))
+        return self._attention("W_Q", "h d k", lambda a: projection(a, 0))
 
     @property
     def W_K(self) -> PerLayer:
         """[h d k] in a layer: one for every query head, so that ``W_Q[l, h]`` meets ``W_K[l, h]`` (grouped keys are repeated)."""
-        return self._attention("W_K", "h d k", lambda a: _projection(a, 1))
+        return self._attention("W_K", "h d k", lambda a: projection(a, 1))
 
     @property
     def W_V(self) -> PerLayer:
         """[h d k] in a layer, one for every query head (grouped values are repeated)."""
-        return self._attention("W_V", "h d k", lambda a: _projection(a, 2))
+        return self._attention("W_V", "h d k", lambda a: projection(a, 2))
 
     @property
     def W_O(self) -> PerLayer:
@@ -210,22 +222,22 @@ class Weights:
     @property
     def b_Q(self) -> PerLayer:
         """[h k] in a layer; zeros where there is none. So are all biases."""
-        return self._attention("b_Q", "h k", lambda a: _projection_bias(a, 0))
+        return self._attention("b_Q", "h k", lambda a: projection_bias(a, 0))
 
     @property
     def b_K(self) -> PerLayer:
         """[h k] in a layer."""
-        return self._attention("b_K", "h k", lambda a: _projection_bias(a, 1))
+        return self._attention("b_K", "h k", lambda a: projection_bias(a, 1))
 
     @property
     def b_V(self) -> PerLayer:
         """[h k] in a layer."""
-        return self._attention("b_V", "h k", lambda a: _projection_bias(a, 2))
+        return self._attention("b_V", "h k", lambda a: projection_bias(a, 2))
 
     @property
     def b_O(self) -> PerLayer:
         """[d] in a layer."""
-        return self._attention("b_O", "d", lambda a: _bias(a.out, a.d))
+        return self._attention("b_O", "d", lambda a: bias_of(a.out, a.d))
 
     def _attention(self, name: str, axes: str, take: Callable[[Any], Tensor]) -> PerLayer:
         stack, kind = self._stack, self.kind
@@ -236,12 +248,12 @@ class Weights:
     @property
     def W_in(self) -> PerLayer:
         """[d f] in a layer ([e d f] of a mixture of experts)."""
-        return self._feedforward("W_in", "d f", lambda f: _rows(f, "in").T)
+        return self._feedforward("W_in", "d f", lambda f: rows_of(f, "in").T)
 
     @property
     def W_gate(self) -> PerLayer:
         """[d f] in a layer whose feed-forward is gated; :class:`InputError` in another."""
-        return self._feedforward("W_gate", "d f", lambda f: _rows(f, "gate").T)
+        return self._feedforward("W_gate", "d f", lambda f: rows_of(f, "gate").T)
 
     @property
     def W_out(self) -> PerLayer:
@@ -251,17 +263,17 @@ class Weights:
     @property
     def b_in(self) -> PerLayer:
         """[f] in a layer."""
-        return self._feedforward("b_in", "f", lambda f: _bias(_entry(f), _entry(f).out_features)[-f.spec.d_ff :])
+        return self._feedforward("b_in", "f", lambda f: bias_of(entry_of(f), entry_of(f).out_features)[-f.spec.d_ff :])
 
     @property
     def b_gate(self) -> PerLayer:
         """[f] in a gated layer."""
-        return self._feedforward("b_gate", "f", lambda f: _bias(_gated(f).gate_up, 2 * f.spec.d_ff)[: f.spec.d_ff])
+        return self._feedforward("b_gate", "f", lambda f: bias_of(gated_of(f).gate_up, 2 * f.spec.d_ff)[: f.spec.d_ff])
 
     @property
     def b_out(self) -> PerLayer:
         """[d] in a layer."""
-        return self._feedforward("b_out", "d", lambda f: _bias(f.down, f.down.out_features))
+        return self._feedforward("b_out", "d", lambda f: bias_of(f.down, f.down.out_features))
 
     def _feedforward(self, name: str, axes: str, take: Callable[[Any], Tensor]) -> PerLayer:
         stack = self._stack
@@ -304,17 +316,23 @@ def weights(model: Any, *, fold_norms: bool = False, centre_writing: bool = Fals
     The model is never changed, and every view computes the same log-probabilities up to rounding. Raises :class:`InputError` where a step
     would not be exact (post-norm, a cap on logits, weights in few bits).
     """
+    tokenizer = model.tokenizer if isinstance(model, Loaded) else None
     model = _model_of(model)
     made = None
     if fold_norms or centre_writing or centre_readout or fold_value_bias:
         made = fold(model, norms=fold_norms, writing=centre_writing, readout=centre_readout, value_bias=fold_value_bias)
-    return Weights(model, fold_norms, centre_writing, centre_readout, fold_value_bias, made)
+    return Weights(model, fold_norms, centre_writing, centre_readout, fold_value_bias, made, tokenizer=tokenizer)
 
 
 def exact_folds(model: Any) -> dict[str, bool]:
     """Which of the switches of :func:`weights` are exact in this model."""
-    model = _model_of(model)
-    return exact(model.decoder if isinstance(model, EncoderDecoderModel) else model)
+    return exact(stack_of(_model_of(model)))
+
+
+def stack_of(model: Any) -> TransformerModel:
+    """The blocks whose weights are meant: the model's own, or an encoder-decoder's decoder."""
+    stack: TransformerModel = model.decoder if isinstance(model, EncoderDecoderModel) else model
+    return stack
 
 
 def _model_of(given: Any) -> Any:
@@ -322,7 +340,7 @@ def _model_of(given: Any) -> Any:
     model = given.model if isinstance(given, Loaded) else given
     if not hasattr(model, "sites"):
         raise InputError(f"A view of weights is one of a model of glassformer, but {described(type(model))} was given: gf.load(folder) gives one.")
-    stack = with_weights(model.decoder if isinstance(model, EncoderDecoderModel) else model, "A view of weights")
+    stack = with_weights(stack_of(model), "A view of weights")
     if next(stack.parameters()).device.type == "meta":
         raise InputError("This model stands on the meta device, where matrices have shapes but no numbers: build it without device='meta', or load one.")
     return model
@@ -335,56 +353,3 @@ def norm_of(norm: Any, d: int) -> tuple[Tensor, Tensor]:
     weight = norm.weight.detach() + getattr(norm, "offset", 0.0)
     bias = getattr(norm, "bias", None)
     return weight, torch.zeros_like(weight) if bias is None else bias.detach()
-
-
-def _projection(layer: Any, which: int) -> Tensor:
-    """Queries, keys or values: [h d k]."""
-    if isinstance(layer, AttentionLayer):
-        rows = matrix_of(layer.qkv).split(layer.widths)[which]
-    elif isinstance(layer, CrossAttentionLayer):
-        rows = matrix_of(layer.q) if which == 0 else matrix_of(layer.kv).split(layer.widths)[which - 1]
-    else:
-        raise InputError(
-            f"{type(layer.spec).__name__} makes {('queries', 'keys', 'values')[which]} by way of a normed latent, so that no one matrix stands for them."
-        )
-    return _per_head(layer, rows.detach(), which).mT
-
-
-def _projection_bias(layer: Any, which: int) -> Tensor:
-    if isinstance(layer, AttentionLayer):
-        rows = _bias(layer.qkv, sum(layer.widths)).split(layer.widths)[which]
-    elif isinstance(layer, CrossAttentionLayer):
-        rows = _bias(layer.q, layer.q.out_features) if which == 0 else _bias(layer.kv, sum(layer.widths)).split(layer.widths)[which - 1]
-    else:
-        raise InputError(f"{type(layer.spec).__name__} makes queries, keys and values by way of a normed latent: they have no bias by these names.")
-    return _per_head(layer, rows, which)
-
-
-def _per_head(layer: Any, rows: Tensor, which: int) -> Tensor:
-    """[(n k) ..] -> [h k ..], key/value heads repeated for their query heads."""
-    n = layer.n_heads if which == 0 else layer.n_kv_heads
-    split = rows.view(n, -1, *rows.shape[1:])
-    return split if n == layer.n_heads else split.repeat_interleave(layer.n_heads // n, 0)
-
-
-def _entry(layer: Any) -> Any:
-    return layer.up if isinstance(layer, PlainLayer) else _gated(layer).gate_up
-
-
-def _gated(layer: Any) -> Any:
-    if not isinstance(layer, GatedLayer):
-        raise InputError(f"W_gate is of a gated feed-forward layer, but this model's is {type(layer.spec).__name__}, which has W_in and W_out only.")
-    return layer
-
-
-def _rows(layer: Any, which: str) -> Tensor:
-    """Rows [f d] of the hidden units' own map, or of the gate's."""
-    if which == "in" and isinstance(layer, PlainLayer):
-        return matrix_of(layer.up).detach()
-    gate, up = matrix_of(_gated(layer).gate_up).detach().chunk(2)
-    return gate if which == "gate" else up
-
-
-def _bias(linear: Any, size: int) -> Tensor:
-    bias = linear.bias
-    return torch.zeros(size, dtype=linear.weight.dtype, device=linear.weight.device) if bias is None else bias.detach()

@@ -54,7 +54,7 @@ def _map(c: Scene) -> str:
 
 def _position(c: Scene) -> str:
     x = c.lengths()
-    high, low = int(x.argmax()), int(x.argmin())
+    high, low = _ends(x)
     ends = f"the longest is that of position {high} ({num(x[high])}), the shortest that of position {low} ({num(x[low])})"
     return f"The vector of position {c.t}, where {c.here} stands, is {num(x[c.t])} long; {ends}."
 
@@ -144,9 +144,14 @@ def _gate_act(c: Scene) -> str:
     return f"At {c.here} the gate of unit {high} is the furthest from zero ({num(x[high])}); {near} of {len(x):,} are within 0.1 of zero."
 
 
+def _ends(x: Tensor) -> tuple[int, int]:
+    """The places of the greatest and of the least number."""
+    return int(x.argmax()), int(x.argmin())
+
+
 def _values(c: Scene) -> str:
     x = c.get()[c.t]
-    high, low = int(x.argmax()), int(x.argmin())
+    high, low = _ends(x)
     return f"At {c.here} what is to be gated lies between {num(x[low])} (unit {low}) and {num(x[high])} (unit {high})."
 
 
@@ -167,7 +172,7 @@ def _out(c: Scene) -> str:
 
 def _expert_logits(c: Scene) -> str:
     x = c.get()[c.t]
-    high, low = int(x.argmax()), int(x.argmin())
+    high, low = _ends(x)
     return f"Expert {high} suits {c.here} best ({num(x[high])}), expert {low} least ({num(x[low])})."
 
 
@@ -186,15 +191,18 @@ def _chosen(c: Scene) -> str:
     return f"{c.here} goes to {'expert' if len(own) == 1 else 'experts'} {' and '.join(map(str, own))}; {busiest}."
 
 
-def _weights(c: Scene) -> str:
+def _of_chosen(c: Scene, numbers: Tensor, said: str) -> str:
+    """A number of each chosen expert."""
     chosen = c.get(c.input(1))[c.t].tolist()
-    return f"At {c.here} {', '.join(f'expert {e} counts {num(w)}' for e, w in zip(chosen, c.get()[c.t], strict=True))}."
+    return f"At {c.here} {', '.join(f'expert {e} ' + said.format(num(x)) for e, x in zip(chosen, numbers, strict=True))}."
+
+
+def _weights(c: Scene) -> str:
+    return _of_chosen(c, c.get()[c.t], "counts {}")
 
 
 def _answers(c: Scene) -> str:
-    chosen = c.get(c.input(1))[c.t].tolist()
-    lengths = c.get(position=c.t).norm(dim=-1)
-    return f"At {c.here} {', '.join(f'expert {e} answers with a vector {num(w)} long' for e, w in zip(chosen, lengths, strict=True))}."
+    return _of_chosen(c, c.get(position=c.t).norm(dim=-1), "answers with a vector {} long")
 
 
 # Read-out
@@ -258,7 +266,7 @@ def _classes(c: Scene) -> str:
     at = ""
     if x.ndim == 2:
         x, at = x[c.t], f" at {c.here}"
-    high, low = int(x.argmax()), int(x.argmin())
+    high, low = _ends(x)
     return f"Class {high} has the highest score{at} ({num(x[high])}), class {low} the lowest ({num(x[low])})."
 
 

@@ -18,8 +18,8 @@ from glassformer.core.errors import InputError
 from glassformer.core.numerics import wide
 from glassformer.core.tap import Tap
 
+from .distributions import entropy
 from .figure import Theme, bars
-from .lenses import entropy
 from .result import Grid, Result
 from .subject import Positions, Subject, Text, check_reads_tokens, read
 
@@ -79,7 +79,7 @@ def candidates(
     k: int = 20,
     *,
     temperature: float = 1.0,
-    positions: Positions = None,
+    position: Positions = None,
     tokenizer: Tokenizer | None = None,
     source: Text | None = None,
     tap: Tap | None = None,
@@ -95,7 +95,7 @@ def candidates(
     check_k(k)
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not temperature > 0:
         raise InputError(f"temperature={temperature}: logits are divided by it, so it is above 0; close to 0 only the most probable token is left.")
-    at = s.position(positions)
+    at = s.position(position)
     _, every = s.run()
     logits = wide(every[at])
     # The best one at 0: divided by a very small number the others go to minus infinity, and none to plus infinity.

@@ -25,7 +25,9 @@ from glassformer.parts.wiring import SequentialBlock
 
 from .figure import Theme, heatmap
 from .frozen import Frozen, Node, all_nodes, read_node, sites_of
-from .patching import Question, ask, correlations, slopes_of
+from .patching import correlations, slopes_of
+from .patching_question import Question, ask
+from .patching_results import column_of
 from .result import Grid, Result
 from .subject import Subject, Text, check_whole, n_heads, read, with_weights
 from .sweep import Patch
@@ -69,7 +71,11 @@ class PathPatched(Result):
 
     def grid(self) -> Grid:
         note = "1 is the clean run, 0 the corrupted one" if self.normalised else f"clean run {self.clean:.4g}, corrupted run {self.corrupted:.4g}"
-        return Grid(("sender", "value"), tuple(self.best(len(self.senders))), f"{note}; every other part is frozen at the base run on the way")
+        return Grid(
+            ("sender", column_of(self.metric, self.normalised)),
+            tuple(self.best(len(self.senders))),
+            f"{note}; every other part is frozen at the base run on the way",
+        )
 
     def draw(self, figure: Figure, theme: Theme) -> None:
         layers, columns, shown = _by_layer(self.senders, self.values - self._still)
@@ -140,6 +146,8 @@ def _several(given: Any) -> list[Any]:
 def _question(
     model: Any, clean: Text, corrupted: Text, normalise: bool, memory: int | None, progress: bool | None, question: dict[str, Any]
 ) -> tuple[Question, Frozen]:
+    if question.get("tap") is not None:
+        raise InputError("Path patching computes each way by itself, where edits of a tap would not be seen: leave tap out, or use activation_patch(tap=...).")
     stack = with_weights(read(model, clean, question.get("tokenizer"), source=question.get("source")).stack, "Path patching")
     q = ask(model, clean, corrupted, normalise=normalise, memory=memory, progress=progress, keep=sites_of(stack), **question)
     with torch.no_grad(), evaluating(q.base.model):

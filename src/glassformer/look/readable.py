@@ -18,11 +18,11 @@ from glassformer.core.errors import InputError
 from glassformer.text import Tokenizer
 
 from .figure import Theme, dress, heatmap, lines
-from .fitting import RIDGE, Ridge, Standard, folds_of, half_width, scores_by_fold, splits
+from .fitting import folds_of, half_width, predicted, ridge_predicted, scores_by_fold
 from .probing import check_folds, draw_by_site
 from .result import Cell, Grid, Result
 from .subject import check_whole, choose
-from .vectors import table_of
+from .vectors import Table, table_of
 from .windows import Batch, Reading, Texts
 
 if TYPE_CHECKING:
@@ -87,33 +87,14 @@ def _groups(content: Sequence[tuple[int, ...]]) -> Tensor:
     return torch.tensor([number.setdefault(c, len(number)) for c in (*content[:-1], begun)])
 
 
-def _ridge(x: Tensor, y: Tensor, fold: Tensor, group: Tensor, seed: int, parts: Sequence[slice]) -> Tensor:
-    """Held-out predictions of ``y`` [n m]; the strength is chosen for each of the ``parts`` of the columns by itself."""
-    out = torch.empty_like(y)
-    for train, test, fit, held in splits(fold, group, seed):
-        best = [RIDGE[0]] * len(parts)
-        if len(fit) and len(held):
-            norm = Standard(x[fit])
-            ridge = Ridge(norm(x[fit]), y[fit])
-            inside = norm(x[held])
-            errors = torch.tensor([[float((g[:, p] - y[held][:, p]).square().mean()) for p in parts] for g in (ridge.predict(inside, s) for s in RIDGE)])
-            best = [RIDGE[int(i)] for i in errors.argmin(0)]
-        norm = Standard(x[train])
-        ridge = Ridge(norm(x[train]), y[train])
-        unseen = norm(x[test])
-        made = {s: ridge.predict(unseen, s) for s in set(best)}
-        for p, s in zip(parts, best, strict=True):
-            out[test, p] = made[s][:, p]
-    return out
-
-
 def _by_fold(right: Tensor, fold: Tensor) -> Tensor:
     return torch.stack([right[fold == f].double().mean() for f in range(int(fold.max()) + 1)]).float()
 
 
-def _r2(x: Tensor, y: Tensor, fold: Tensor, group: Tensor, seed: int) -> Tensor:
-    """Held-out ``R^2`` by fold [f] of one number [n]."""
-    return scores_by_fold(_ridge(x, y[:, None], fold, group, seed, [slice(0, 1)])[:, 0], y, fold, 0)
+def _r2(x: Tensor, y: Tensor, fold: Tensor, group: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Held-out ``R^2`` by fold [f] of one number [n], and what every row of it was predicted to be [n]."""
+    guess = predicted(x, y, 0, fold, group, "linear", seed)
+    return scores_by_fold(guess, y, fold, 0), guess
 
 
 # Tokens back
@@ -180,19 +161,13 @@ def probe_position_back(
     All ``k`` are measured at the same places (those that have so many before them). Windows are parted into folds, equal ones together.
     Raises :class:`InputError` for places back that no window has, and too few windows.
     """
-    ks = tuple(back) if isinstance(back, Sequence) else (back,)
+    ks = _places_back(back, context)
     check_whole(0, seed=seed)
     check_whole(1, context=context, **({} if tokens is None else {"tokens": tokens}))
     check_folds(folds)
-    if not ks or any(isinstance(k, bool) or not isinstance(k, int) or k < 0 for k in ks):
-        raise InputError(f"back={back!r}: places back are whole numbers from 0 (the token itself).")
-    if max(ks) >= context:
-        raise InputError(f"The token {max(ks)} places back was asked for, but windows have {context} tokens: give a larger context.")
     table = table_of(model, "input", tokenizer)
     if texts is None:
-        usable = table.usable.nonzero()[:, 0]
-        rows = max(20, (tokens or 10_000) // context)
-        texts = usable[torch.randint(len(usable), (rows, context), generator=torch.Generator().manual_seed(seed))]
+        texts = _random_texts(table, max(20, (tokens or 10_000) // context), context, seed)
     reading = Reading(model, texts, tokenizer, source=source, context=context, tokens=tokens)
     paths = reading.vector_sites(site)
     got = _rows(reading, paths, folds)
@@ -209,12 +184,29 @@ def probe_position_back(
     parts = [slice(i * w, (i + 1) * w) for i in range(len(ks))]
     accuracy = torch.empty(len(paths), len(ks), folds)
     for i, path in enumerate(paths):
-        guess = _ridge(got.x[path][far], y, fold, group, seed, parts)
+        guess = ridge_predicted(got.x[path][far], y, fold, group, seed, parts)
         for j, (k, part) in enumerate(zip(ks, parts, strict=True)):
             named = torch.cat([(F.normalize(g, dim=-1) @ vectors.T).argmax(1) for g in guess[:, part].split(4096)])
             accuracy[i, j] = _by_fold(named == kind[far - k], fold)
     common = float(torch.stack([kind[far - k].bincount().max() / len(far) for k in ks]).max())
     return PositionBack(tuple(reading.short(p) for p in paths), ks, accuracy.mean(-1), half_width(accuracy), common, len(kinds), len(far))
+
+
+def _places_back(back: int | Sequence[int], context: int) -> tuple[int, ...]:
+    """The places that are asked about; raises :class:`InputError` for what is none, or further back than a window reaches."""
+    check_whole(1, context=context)
+    ks = tuple(back) if isinstance(back, Sequence) else (back,)
+    if not ks or any(isinstance(k, bool) or not isinstance(k, int) or k < 0 for k in ks):
+        raise InputError(f"back={back!r}: places back are whole numbers from 0 (the token itself).")
+    if max(ks) >= context:
+        raise InputError(f"The token {max(ks)} places back was asked for, but windows have {context} tokens: give a larger context.")
+    return ks
+
+
+def _random_texts(table: Table, rows: int, context: int, seed: int) -> Tensor:
+    """Tokens drawn evenly from those that some text can reach: [rows context]."""
+    usable = table.usable.nonzero()[:, 0]
+    return usable[torch.randint(len(usable), (rows, context), generator=torch.Generator().manual_seed(seed))]
 
 
 # Order
@@ -290,8 +282,8 @@ def probe_order(
     first, second = first[real], second[real]
     position, order = [], []
     for path in paths:
-        guess = _ridge(got.x[path], y[:, None], fold, got.group, seed, [slice(0, 1)])[:, 0]
-        position.append(scores_by_fold(guess, y, fold, 0))
+        r2, guess = _r2(got.x[path], y, fold, got.group, seed)
+        position.append(r2)
         gap = guess[second] - guess[first]
         order.append(_by_fold((gap > 0).double() + 0.5 * (gap == 0), fold[second]))
     return Order(tuple(reading.short(p) for p in paths), torch.stack(position), torch.stack(order), within, len(y))
@@ -367,6 +359,6 @@ def probe_norm(
     for a, b in zip(before, behind, strict=True):
         x, z = got.x[a][kept], got.x[b][kept]
         y = x.norm(dim=1).clamp_min(1e-30).log() if target == "norm" else x.mean(1)
-        stream.append(_r2(x, y, fold, group, seed))
-        normed.append(_r2(z, y, fold, group, seed))
+        stream.append(_r2(x, y, fold, group, seed)[0])
+        normed.append(_r2(z, y, fold, group, seed)[0])
     return Scalar(target, tuple(range(len(before))), torch.stack(stream), torch.stack(normed), len(kept))

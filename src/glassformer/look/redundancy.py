@@ -11,23 +11,19 @@ A gate multiplies a head's ``z``: 1 leaves it, 0 is the same as zeroing its rows
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from glassformer.core.errors import InputError
-from glassformer.core.modes import evaluating
-from glassformer.core.tap import Tap
-from glassformer.models.encoder_decoder import EncoderDecoderModel
 from glassformer.text import Tokenizer
 
+from .head_loss import NUMBERS, Loss
 from .patterns import each_pattern, head_names
 from .result import Cell, Grid, Result
-from .subject import check_whole, n_heads, n_layers, read, reads_tokens, vocabulary
+from .subject import check_whole, n_heads, n_layers
 from .windows import Batch, Reading, Texts, Window
 
 if TYPE_CHECKING:
@@ -39,16 +35,8 @@ CONTEXT = 128
 """Tokens of a window, where the caller says nothing and the model allows it."""
 QUERIES = 64
 """Positions of a window at which patterns and results are compared (spread evenly; all of a shorter one)."""
-DIRECTIONS = 8
-"""Random directions of the output along which gradients are taken, where there is no loss over tokens."""
 POINTS = 17
 """Points of a curve."""
-AT_ONCE = 8192
-"""Tokens of a batch of ablations."""
-NUMBERS = 2**24
-"""Numbers that are held at once: scores over the vocabulary of a batch of ablations, and what all heads write at a batch's chosen queries."""
-NEXT, HIDDEN, IN_PLACE = "cross-entropy of the next token", "cross-entropy of hidden tokens", "cross-entropy of tokens that are read in place"
-DRIFT = "drift of the output (1 - cosine with the whole model's)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +45,10 @@ class HeadRedundancy(Result):
 
     ``pattern_distance`` [n n]: mean over queries of the Jensen-Shannon distance (square root of the divergence in bits: 0 the same, 1 nothing shared).
     ``output_correlation`` [n n]: ``sum_t <x_i, x_j> / sqrt(sum_t |x_i|^2 sum_t |x_j|^2)`` of what the heads write, means over positions taken off.
-    ``taylor`` [n]: mean over texts of ``|sum z . dL/dz|``; ``exact`` [n]: the loss with this head off, less the whole model's.
-    ``curves`` [o p]: the loss with the first ``off`` [p] heads of an order switched off; ``least``: the whole model's loss.
+
+    Losses stand on two sets of windows (equal ones where one window was read, :attr:`held_out`). Those that importance is measured on: ``whole``, the
+    whole model's loss; ``exact`` [n], the loss with this one head off, less ``whole``; ``taylor`` [n], mean over texts of ``|sum z . dL/dz|``.
+    Those of the curves: ``least``, the whole model's loss; ``curves`` [o p], the loss with the first ``off`` [p] heads of an order switched off.
     """
 
     heads: tuple[str, ...]
@@ -69,6 +59,7 @@ class HeadRedundancy(Result):
     off: tuple[int, ...]
     orders: tuple[str, ...]
     curves: Tensor
+    whole: float
     least: float
     loss: str
     tokens: int
@@ -97,15 +88,23 @@ class HeadRedundancy(Result):
         for i in sorted(range(len(self.heads)), key=lambda i: float(self.exact[i])):
             a, b = by_pattern[i], by_output[i]
             near = (self.heads[a], round(float(self.pattern_distance[i, a]), 3), self.heads[b], round(float(self.output_correlation[i, b]), 3))
-            rows.append((self.heads[i], float(self.exact[i]), float(self.taylor[i]), *near))
-        half = min(range(len(self.off)), key=lambda p: abs(self.off[p] - len(self.heads) / 2))
-        lost = ", ".join(f"{o} {float(c[half]):.4g}" for o, c in zip(self.orders, self.curves, strict=True))
-        other = "on other windows than importance was measured on" if self.held_out else "on the same window (one was read)"
-        note = (
-            f"Loss: {self.loss}; whole model {self.least:.4g}. Importance by Taylor and by ablation agree to a rank correlation of {self.agreement:.2f}. "
-            f"With {self.off[half]} of {len(self.heads)} heads off, {other}: {lost}."
-        )
-        return Grid(("head", "loss added", "Taylor", "nearest pattern", "distance", "nearest output", "correlation"), tuple(rows), note)
+            rows.append((self.heads[i], self.whole + float(self.exact[i]), float(self.exact[i]), float(self.taylor[i]), *near))
+        columns = ("head", "loss without it", "more than whole", "Taylor", "nearest pattern", "distance", "nearest output", "correlation")
+        return Grid(columns, tuple(rows), "\n".join(self._said()))
+
+    def _said(self) -> list[str]:
+        """What each loss is."""
+        n = len(self.heads)
+        few = sorted({min(range(len(self.off)), key=lambda p: abs(self.off[p] - n * part / 4)) for part in (1, 2, 3, 4)})
+        other = "other windows than importance was measured on" if self.held_out else "the same window (one was read)"
+        lines = [
+            f"Loss: {self.loss}. Whole model: {self.whole:.4g}; without it: with that one head off. "
+            f"Importance by Taylor and by ablation agree to a rank correlation of {self.agreement:.2f}.",
+            f"Loss without the first {', '.join(str(self.off[p]) for p in few)} of {n} heads (the least important first, or in random order), "
+            f"on {other}; whole model there: {self.least:.4g}.",
+        ]
+        each = zip(self.orders, self.curves, strict=True)
+        return lines + [f"  {order}: {', '.join(f'{float(curve[p]):.4g}' for p in few)}" for order, curve in each]
 
     def size(self) -> tuple[float, float]:
         return (11.0, 8.5)
@@ -123,8 +122,19 @@ class HeadRedundancy(Result):
         c.plot(self.taylor.tolist(), self.exact.tolist(), "o", color=theme.series[0], markersize=4)
         for i in self.exact.argsort(descending=True)[:6].tolist():
             c.annotate(names[i], (float(self.taylor[i]), float(self.exact[i])), color=theme.dim, fontsize=8, xytext=(4, 2), textcoords="offset points")
-        dress(c, theme, f"importance (rank correlation {self.agreement:.2f})", "Taylor", "loss without the head, less the whole model's")
-        lines(d, theme, self.off, dict(zip(self.orders, self.curves, strict=True)), title="heads switched off", x_name="heads off", y_name="loss")
+        c.axhline(0, color=theme.dim, linewidth=1, linestyle="--")
+        title = f"one head off (the two importances: rank correlation {self.agreement:.2f})"
+        dress(c, theme, title, "Taylor importance", f"loss without the head − whole model's ({self.whole:.3g})")
+        named = dict(zip(self.orders, self.curves, strict=True))
+        title = "several heads off, the least important first, or at random"
+        lines(
+            d, theme, self.off, named, title="several heads off, the least important first, or at random", x_name=f"heads off, of {len(names)}", y_name="loss"
+        )
+        d.axhline(self.least, color=theme.dim, linewidth=1, linestyle="--")
+        d.annotate(
+            f"whole model {self.least:.3g}", (1, self.least), xycoords=("axes fraction", "data"), color=theme.dim, fontsize=8, ha="right", va="bottom",
+            xytext=(-2, 2), textcoords="offset points",
+        )  # fmt: skip
 
 
 def head_redundancy(
@@ -160,7 +170,7 @@ def head_redundancy(
     reading.sites("blocks.*.attn.z")
     alike = _similarity(reading)
     draw = torch.Generator().manual_seed(seed)
-    measure = _Loss(reading, draw)
+    measure = Loss(reading, draw)
     learn, judge = (every[::2], every[1::2]) if len(every) > 1 else (every, every)
     taylor = measure.taylor(learn)
     n = len(names)
@@ -179,6 +189,7 @@ def head_redundancy(
         off,
         shown,
         values.float(),
+        float(alone[-1]),
         float(values[0, 0]),
         measure.name,
         sum(len(w.ids) for w in every),
@@ -267,113 +278,6 @@ def _correlation(reading: Reading, places: Any) -> Tensor:
     nothing = size <= 1e-9 * size.max().clamp_min(1e-30)  # a head that writes the same everywhere has no correlation
     found = (product / (size[:, None] * size).clamp_min(1e-300)).clamp(-1, 1)
     return found.masked_fill(nothing[:, None] | nothing, torch.nan).float()
-
-
-# Loss
-
-
-class _Gates(Tap):
-    """Multiplies every head's ``z`` by a gate, [b n]."""
-
-    def __init__(self, gates: Tensor, first: dict[str, tuple[int, int]]):
-        self.gates, self.first = gates, first
-
-    def visit(self, path: str, x: Tensor) -> Tensor:
-        if path not in self.first:
-            return x
-        start, stop = self.first[path]
-        return x * self.gates[:, None, start:stop, None].to(x.dtype)
-
-    def edits(self, path: str) -> bool:
-        return path in self.first
-
-
-class _Loss:
-    """The loss of windows under gates."""
-
-    def __init__(self, reading: Reading, draw: torch.Generator):
-        self.reading, self.draw = reading, draw
-        stack, self.model = reading.stack, reading.model
-        self.n = len(head_names(stack))
-        begin, self.first = 0, dict[str, tuple[int, int]]()
-        for layer, path in enumerate(reading.sites("blocks.*.attn.z")):
-            self.first[path] = (begin, begin + n_heads(stack, layer))
-            begin += n_heads(stack, layer)
-        self.scores = reads_tokens(stack)
-        self.mask = None if reading.subject.causal or reading.tokenizer is None else reading.tokenizer.mask_id
-        self.name = DRIFT if not self.scores else NEXT if reading.subject.causal else HIDDEN if self.mask is not None else IN_PLACE
-        self.hidden: dict[Window, list[int]] = {}
-        self.whole: dict[Window, Tensor] = {}
-
-    def out(self, window: Window, gates: Tensor) -> Tensor:
-        """What the model makes of a window, once for every row of ``gates`` [b n]."""
-        s = read(self.model, list(window.ids), self.reading.tokenizer, source=self._source(window))
-        if self.mask is not None and self.scores:
-            s = read(self.model, [self.mask if i in self._hidden(window) else t for i, t in enumerate(window.ids)], self.reading.tokenizer)
-        inputs = [x.expand(len(gates), -1) for x in s.inputs]
-        y: Tensor = self.model(*inputs, tap=_Gates(gates.to(s.device), self.first))
-        return y
-
-    def _source(self, window: Window) -> Any:
-        return self.reading.source(window.text) if isinstance(self.model, EncoderDecoderModel) else None
-
-    def _hidden(self, window: Window) -> list[int]:
-        """The places that are hidden or read in place: one in seven of the text's own, at least one."""
-        if window not in self.hidden:
-            own = torch.arange(window.before, len(window.ids) - window.after)
-            self.hidden[window] = own[torch.randperm(len(own), generator=self.draw)[: max(1, len(own) // 7)]].tolist()
-        return self.hidden[window]
-
-    def of(self, window: Window, gates: Tensor) -> Tensor:
-        """The loss [b] of a window for every row of gates."""
-        y = self.out(window, gates)
-        if not self.scores:
-            return 1 - F.cosine_similarity(y.flatten(1).double(), self._whole(window).double(), -1).cpu()
-        ids = torch.tensor(window.ids, device=y.device)
-        at = torch.arange(len(ids) - 1) if self.name == NEXT else torch.tensor(self._hidden(window))
-        targets = ids[at + 1] if self.name == NEXT else ids[at]
-        chosen = y[:, at].double().log_softmax(-1)
-        return -chosen.gather(-1, targets.expand(len(gates), -1)[..., None])[..., 0].mean(-1).cpu()
-
-    def _whole(self, window: Window) -> Tensor:
-        if window not in self.whole:
-            self.whole[window] = self.out(window, torch.ones(1, self.n)).flatten(1).detach()
-        return self.whole[window]
-
-    def taylor(self, windows: Sequence[Window]) -> Tensor:
-        """Importance [n]: the mean over windows of the absolute slope of the loss by each gate."""
-        total = torch.zeros(self.n, dtype=torch.float64)
-        with evaluating(self.model), torch.enable_grad():
-            for w in windows:
-                gates = torch.ones(1, self.n, requires_grad=True)
-                if self.scores:
-                    total += torch.autograd.grad(self.of(w, gates).sum(), gates)[0][0].double().abs()
-                else:
-                    total += self._lengths(w, gates)
-        return total / len(windows)
-
-    def _lengths(self, w: Window, gates: Tensor) -> Tensor:
-        """The length of the derivative of the output (as a unit vector) by each gate, by random directions: ``E (u . dy/dg)^2 = |dy/dg|^2``."""
-        y = F.normalize(self.out(w, gates).flatten().double(), dim=0)
-        squares = torch.zeros(self.n, dtype=torch.float64)
-        for i in range(DIRECTIONS):
-            u = torch.randn(y.shape, generator=self.draw, dtype=torch.float64).to(y.device)
-            squares += torch.autograd.grad((u * y).sum(), gates, retain_graph=i + 1 < DIRECTIONS)[0][0].double() ** 2
-        return (squares / DIRECTIONS).sqrt()
-
-    @torch.no_grad()
-    def with_off(self, sets: Sequence[Tensor], windows: Sequence[Window]) -> Tensor:
-        """Mean loss over windows with each of these sets of heads off, [len(sets)]; equal windows weigh equally."""
-        gates = torch.ones(len(sets), self.n)
-        for row, off in enumerate(sets):
-            gates[row, off] = 0
-        total = torch.zeros(len(sets), dtype=torch.float64)
-        wide = vocabulary(self.reading.stack) if self.scores else 1
-        with evaluating(self.model):
-            for w in windows:
-                step = max(1, min(AT_ONCE // len(w.ids), NUMBERS // (len(w.ids) * wide)))
-                total += torch.cat([self.of(w, gates[i : i + step]) for i in range(0, len(sets), step)])
-        return total / len(windows)
 
 
 __all__ = ["HeadRedundancy", "head_redundancy"]

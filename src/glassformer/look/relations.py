@@ -289,20 +289,7 @@ def direction_against_axis(
     ``turns`` rotations: what a basis without meaning gives), and a random direction (1 / d). ``pairs`` may be vectors [n 2 d], then ``model`` may be None.
     Raises :class:`InputError` for fewer than 4 pairs.
     """
-    if isinstance(pairs, Tensor):
-        if pairs.ndim != 3 or pairs.shape[1] != 2:
-            raise InputError(f"The pairs are a tensor of shape {tuple(pairs.shape)}, but two vectors for each are read: [n 2 d].")
-        both = pairs.detach().cpu().double()
-        if not both.isfinite().all():
-            raise InputError("The pairs hold numbers that are not finite, so they have no directions: leave those vectors out.")
-    else:
-        t = table_of(model, table, tokenizer)
-        if not isinstance(pairs, Sequence):
-            raise InputError(f"pairs is {described(type(pairs))}, but a list of pairs of words is read, or a tensor [n 2 d].")
-        for p in pairs:
-            if isinstance(p, str) or not isinstance(p, Sequence) or len(p) != 2:
-                raise InputError(f"{p!r} is no pair: give two words for each, such as ('small', 'smaller').")
-        both = t.vectors[torch.tensor([[t.id(w) for w in p] for p in pairs], dtype=torch.long).reshape(-1, 2)].double()
+    both = _vectors_of_pairs(model, pairs, table, tokenizer)
     n, d = len(both), both.shape[-1]
     if isinstance(folds, bool) or not isinstance(folds, int) or folds < 2:
         raise InputError(
@@ -314,30 +301,47 @@ def direction_against_axis(
         raise InputError(f"{n} pairs were given, but a direction is learnt on some and measured on others: give at least 4, better 20.")
     draw = torch.Generator().manual_seed(seed)
     difference = both[:, 1] - both[:, 0]
+    lines = _lines(difference, folds, turns, draw)
+    whole = difference.square().sum()
+    shares = [float(torch.stack([p.square().sum() for p in each]).sum() / whole) / len(each) for each in lines.values()]
+    right = [float(torch.stack([(p > 0).double() + 0.5 * (p == 0) for p in each]).mean()) for each in lines.values()]
+    right[-1] = 0.5  # a random direction has no side that is meant
+    best = int(_best_coordinate(difference).abs().argmax())
+    projections = torch.stack([lines["mean direction"][0], lines["best coordinate"][0]], 1).float()
+    return Axis(tuple(lines), torch.tensor(shares), torch.tensor(right), n, d, best, projections)
+
+
+def _vectors_of_pairs(model: Any, pairs: Any, table: str, tokenizer: Tokenizer | None) -> Tensor:
+    """[n 2 d] in float64. Raises :class:`InputError` for what are no pairs."""
+    if isinstance(pairs, Tensor):
+        if pairs.ndim != 3 or pairs.shape[1] != 2:
+            raise InputError(f"The pairs are a tensor of shape {tuple(pairs.shape)}, but two vectors for each are read: [n 2 d].")
+        both = pairs.detach().cpu().double()
+        if not both.isfinite().all():
+            raise InputError("The pairs hold numbers that are not finite, so they have no directions: leave those vectors out.")
+        return both
+    t = table_of(model, table, tokenizer)
+    if not isinstance(pairs, Sequence):
+        raise InputError(f"pairs is {described(type(pairs))}, but a list of pairs of words is read, or a tensor [n 2 d].")
+    for p in pairs:
+        if isinstance(p, str) or not isinstance(p, Sequence) or len(p) != 2:
+            raise InputError(f"{p!r} is no pair: give two words for each, such as ('small', 'smaller').")
+    return t.vectors[torch.tensor([[t.id(w) for w in p] for p in pairs], dtype=torch.long).reshape(-1, 2)].double()
+
+
+def _lines(difference: Tensor, folds: int, turns: int, draw: torch.Generator) -> dict[str, list[Tensor]]:
+    """Differences [n d] on every kind of line, learnt from other folds: [n] each, several of the kinds that are drawn at random."""
+    n, d = difference.shape
     fold = torch.empty(n, dtype=torch.long)
     fold[torch.randperm(n, generator=draw)] = torch.arange(n) % min(folds, n)
     turned = [difference @ torch.linalg.qr(torch.randn(d, d, generator=draw, dtype=torch.float64)).Q for _ in range(turns)]
-    mean_line, axis_line = _held_out(difference, fold, _mean_direction), _held_out(difference, fold, _best_coordinate)
-    turned_lines = [_held_out(x, fold, _best_coordinate) for x in turned]
     random = torch.randn(d, turns, generator=draw, dtype=torch.float64)
-    random_lines = difference @ (random / random.norm(dim=0))
-    whole = difference.square().sum()
-
-    def share(p: Tensor) -> float:
-        return float(p.square().sum() / whole)
-
-    def sides(p: Tensor) -> float:
-        return float(((p > 0).double() + 0.5 * (p == 0)).mean())
-
-    best = int(_best_coordinate(difference).abs().argmax())
-    rows = [
-        ("mean direction", share(mean_line), sides(mean_line)),
-        ("best coordinate", share(axis_line), sides(axis_line)),
-        ("best coordinate, turned", sum(map(share, turned_lines)) / turns, sum(map(sides, turned_lines)) / turns),
-        ("random direction", share(random_lines) / turns, 0.5),
-    ]
-    names, shares, right = zip(*rows, strict=True)
-    return Axis(names, torch.tensor(shares), torch.tensor(right), n, d, best, torch.stack([mean_line, axis_line], 1).float())
+    return {
+        "mean direction": [_held_out(difference, fold, _mean_direction)],
+        "best coordinate": [_held_out(difference, fold, _best_coordinate)],
+        "best coordinate, turned": [_held_out(x, fold, _best_coordinate) for x in turned],
+        "random direction": list((difference @ (random / random.norm(dim=0))).unbind(1)),
+    }
 
 
 def _held_out(x: Tensor, fold: Tensor, learn: Any) -> Tensor:

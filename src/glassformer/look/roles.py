@@ -9,9 +9,8 @@ an ablation (``ablate``, ``head_redundancy``) does.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,41 +19,24 @@ from torch import Tensor
 from glassformer.core.errors import InputError
 from glassformer.text import Tokenizer
 
-from .patterns import each_pattern, head_names
+from .patterns import head_names
+from .random_rows import FEWEST, random_rows
 from .result import Cell, Grid, Result
-from .subject import check_whole, choose, n_heads, n_layers, read_head, vocabulary
-from .windows import Batch, Reading, Texts
+from .role_scores import DEFINITIONS, RELATIONS, ROLES, measure, relations
+from .subject import check_whole, choose, read_head
+from .windows import Reading, Texts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .figure import Theme
 
-DEFINITIONS = {
-    "previous": "weight on the position before (t-1)",
-    "next": "weight on the position after (t+1), where the mask lets it be seen",
-    "first": "weight on position 0, over queries after it (a sink)",
-    "last": "weight on the last position, over queries before it, where the mask lets it be seen (a sink: [SEP])",
-    "itself": "weight on the query's own position, over queries whose token stood earlier too",
-    "local": "weight on the three positions before and the three after, the query's own not counted",
-    "same": "weight on all positions that hold the query's token, its own among them, over queries whose token stands elsewhere too",
-    "duplicate": "weight on earlier positions that hold the query's token",
-    "induction": "weight on positions right after an earlier occurrence of the query's token (its own position not counted)",
-    "positional": "R^2 of the weights against their mean by signed distance t-s (own position left out): what distance alone says of the pattern",
-    "uniform": "entropy of the row over the logarithm of the number of visible positions: 1 is even",
-}
-"""What each score is; a mean over the queries that have a target and something else to see. Rows that sum to more than 1 are divided by their sum."""
-ROLES = tuple(DEFINITIONS)
-RELATIONS = ROLES[:9]
 BY_TOKEN = ("itself", "same", "duplicate", "induction")
 """Roles that go by token identity: measured on random tokens, where nothing else tells positions apart."""
 NARROWER = {"same": ("itself", "duplicate"), "local": ("previous", "next"), "positional": ("previous", "next", "local")}
 """A wider role is named only where no narrower one that it holds is."""
 EVEN = 0.9
 """Share of the largest possible entropy from which a head is called uniform."""
-WINDOW = 3
-FEWEST = 4
-"""Shortest random row that is repeated."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +65,8 @@ class HeadRoles(Result):
     roles_known: tuple[str, ...] = ROLES
     definitions: dict[str, str] = field(default_factory=lambda: dict(DEFINITIONS))
     stack: Any = field(default=None, repr=False)
+    asked: tuple[str, float] | None = None
+    """The role and the threshold that the table is about (:meth:`only`); None: all heads."""
 
     # Numbers
 
@@ -121,8 +105,7 @@ class HeadRoles(Result):
         At 0.5 or more, two roles with different targets cannot both hold on the same queries. Wider roles (same, local, positional) are named only where
         no narrower one that they contain is.
         """
-        if not isinstance(threshold, int | float) or not 0 < threshold <= 1:
-            raise InputError(f"threshold={threshold!r}: it is a share of the way from an even head (0) to all weight on the target (1).")
+        check_threshold(threshold)
         over = self.excess >= threshold
         over[:, ROLES.index("uniform")] = self.scores[:, ROLES.index("uniform")] >= EVEN
         found: dict[str, tuple[str, ...]] = {}
@@ -136,6 +119,17 @@ class HeadRoles(Result):
         column = self.scores[:, ROLES.index(choose(role, ROLES, "role"))]
         names = [n for n, held in self.roles(threshold).items() if role in held]
         return tuple(sorted(names, key=lambda n: -float(column[self.heads.index(n)])))
+
+    def only(self, role: str, threshold: float | None = None) -> HeadRoles:
+        """The same answer, its table about one role: the heads whose :attr:`excess` is at least ``threshold``, the highest score first.
+
+        ``threshold`` None: 0.5, and for uniform, which an even head has at 1, 0.9. A wider role's table has the heads of the narrower ones too.
+        Raises :class:`InputError` for what is no role or no threshold.
+        """
+        choose(role, ROLES, "role")
+        least = (EVEN if role == "uniform" else 0.5) if threshold is None else threshold
+        check_threshold(least)
+        return replace(self, asked=(role, float(least)))
 
     def __getitem__(self, head: str | tuple[int, int]) -> dict[str, float]:
         """The scores of one head by role."""
@@ -153,21 +147,44 @@ class HeadRoles(Result):
     @property
     def title(self) -> str:
         read = f"{self.tokens:,} tokens of text and " if self.tokens else ""
-        return f"Roles of {len(self.heads)} heads on {read}{len(self.lengths)} rows of random tokens, each twice"
+        about = "Roles" if self.asked is None else f"The role {self.asked[0]!r}"
+        return f"{about} of {len(self.heads)} heads on {read}{len(self.lengths)} rows of random tokens, each twice"
 
     def grid(self) -> Grid:
         named = self.roles()
         shown = self.applicable
-        order = sorted(range(len(self.heads)), key=lambda i: (not named[self.heads[i]], -self._strongest(i, named[self.heads[i]])))
         rows: list[tuple[Cell, ...]] = []
-        for i in order:
+        for i in self._order(named):
             own = tuple(round(float(self.scores[i, ROLES.index(r)]), 3) for r in shown)
             rows.append((self.heads[i], ", ".join(named[self.heads[i]]) or "–", *own, round(float(self.entropy[i]), 2), round(float(self.distance[i]), 1)))
         even = ", ".join(f"{r} {float(self.baseline[:, ROLES.index(r)].nanmean()):.3f}" for r in shown if r != "uniform")
         token = ", ".join(r for r, m in zip(ROLES, self.measured_on, strict=True) if m == "repeats" and r in shown)
         where = f"Measured on repeated random tokens: {token}; the rest on the texts." if self.tokens else "All measured on repeated random tokens."
-        note = f"Named at half of the way from an even head to all weight on the target (uniform: from {EVEN}). An even head gets: {even}. {where}"
+        note = "" if self.asked is None else f"{self._answer()}\n"
+        note += f"Named at half of the way from an even head to all weight on the target (uniform: from {EVEN}). An even head gets: {even}. {where}"
         return Grid(("head", "roles", *shown, "entropy", "distance"), tuple(rows), note)
+
+    def _order(self, named: dict[str, tuple[str, ...]]) -> list[int]:
+        """The heads of the table: those with a role first, the highest score first; or those that come far enough in the role that was asked for."""
+        if self.asked is None:
+            return sorted(range(len(self.heads)), key=lambda i: (not named[self.heads[i]], -self._strongest(i, named[self.heads[i]])))
+        role = ROLES.index(self.asked[0])
+        reached = [i for i, excess in enumerate(self.excess[:, role].tolist()) if excess >= self.asked[1]]
+        return sorted(reached, key=lambda i: -float(self.scores[i, role]))
+
+    def _answer(self) -> str:
+        """What the table is about, and what to do where it is empty."""
+        assert self.asked is not None
+        role, least = self.asked
+        if role not in self.applicable:
+            return f"No head can hold {role!r} here ({DEFINITIONS[role]}): no query of this model has such a target."
+        way = "of the largest entropy" if role == "uniform" else "of the way from an even head to all weight on the target"
+        said = f"{role}: {DEFINITIONS[role]}. "
+        if reached := len(self._order({})):
+            return f"{said}{reached} of {len(self.heads)} heads come at least {least:g} {way}, the highest score first."
+        best = int(self.excess[:, ROLES.index(role)].nan_to_num(-9).argmax())
+        near = float(self.excess[best, ROLES.index(role)])
+        return f"{said}No head of {len(self.heads)} comes {least:g} {way}; the nearest is {self.heads[best]} with {near:.2g}: take a lower threshold to see it."
 
     def _strongest(self, i: int, held: Sequence[str]) -> float:
         return max((float(self.scores[i, ROLES.index(r)]) for r in held), default=float(self.scores[i].nan_to_num(0).max()))
@@ -208,6 +225,12 @@ class HeadRoles(Result):
             ax.set_visible(False)
 
 
+def check_threshold(threshold: Any) -> None:
+    """Raise :class:`InputError` for what is no share above 0."""
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold <= 1:
+        raise InputError(f"threshold={threshold!r}: it is a share of the way from an even head (0) to all weight on the target (1).")
+
+
 def head_roles(
     model: Any,
     texts: Texts | None = None,
@@ -230,12 +253,12 @@ def head_roles(
     check_whole(0, repeats=repeats, length=length, seed=seed)
     if repeats < 1 or length < FEWEST:
         raise InputError(f"repeats={repeats} and length={length}: at least one row of {FEWEST} random tokens is repeated.")
-    rows, first, random_source = _random_rows(model, tokenizer, source, repeats, length, seed)
+    rows, first, random_source = random_rows(model, tokenizer, source, repeats, length, seed)
     twice = Reading(model, rows, tokenizer, source=random_source, context=max(map(len, rows)))
     lengths = tuple((len(r) - first[0] - first[1]) // 2 for r in rows)
-    on_repeats = _measure(twice, [first[0] + n for n in lengths])
+    on_repeats = measure(twice, [first[0] + n for n in lengths])
     read = None if texts is None else Reading(model, texts, tokenizer, source=source, context=context, tokens=tokens)
-    on_texts = None if read is None else _measure(read, None)
+    on_texts = None if read is None else measure(read, None)
     found = on_repeats if on_texts is None else on_texts
     entropy, distance, entropy_rest, distance_rest = (
         torch.cat([f[k] for f in found.figures]).float() for k in ("entropy", "distance", "entropy_rest", "distance_rest")
@@ -246,190 +269,4 @@ def head_roles(
     return HeadRoles(head_names(twice.stack), t, t_even, r, r_even, entropy, distance, entropy_rest, distance_rest, lengths, n, stack=twice.stack)
 
 
-def _random_rows(model: Any, tokenizer: Tokenizer | None, source: Any, repeats: int, length: int, seed: int) -> tuple[list[list[int]], tuple[int, int], Any]:
-    """Rows ``before + r + r + after``, how many tokens stand around them, and a source for them where one is needed."""
-    from glassformer.infer.session import position_limit
-    from glassformer.models.encoder_decoder import EncoderDecoderModel
-    from glassformer.weights.own import Loaded
-
-    bare = model.model if isinstance(model, Loaded) else model
-    halves = isinstance(bare, EncoderDecoderModel)
-    probe = Reading(model, [[0]], tokenizer, source=[0] if halves else None)
-    before, after = probe.around
-    special = (
-        set(probe.tokenizer.special.values()) | {i for r in probe.tokenizer.roles if (i := probe.tokenizer.role_id(r)) is not None}
-        if probe.tokenizer
-        else set()
-    )
-    v = vocabulary(probe.stack) if probe.tokenizer is None else min(vocabulary(probe.stack), probe.tokenizer.vocab_size)
-    ordinary = torch.tensor([i for i in range(v) if i not in special and i not in (*before, *after)])
-    limit = position_limit(bare)
-    room = length if limit is None else min(length, (limit - len(before) - len(after)) // 2)
-    most = min(room, len(ordinary))
-    if most < FEWEST:
-        raise InputError(
-            f"Random rows of {FEWEST} different tokens are repeated, but this model has {f'{limit:,}' if limit is not None else 'unlimited'} positions "
-            f"and {len(ordinary)} ordinary tokens: too few to look for induction."
-        )
-    draw = torch.Generator().manual_seed(seed)
-    least = max(FEWEST, most // 2)
-    rows = []
-    for i in range(repeats):
-        n = most if repeats == 1 else least + round(i * (most - least) / (repeats - 1))
-        r = ordinary[torch.randperm(len(ordinary), generator=draw)[:n]].tolist()
-        rows.append([*before, *r, *r, *after])
-    random_source = ordinary[torch.randperm(len(ordinary), generator=draw)[:most]].tolist() if halves else None
-    return rows, (len(before), len(after)), random_source
-
-
-# Measuring
-
-
-def relations(ids: Tensor) -> Tensor:
-    """Which keys are the target of which query, for each of :data:`RELATIONS`: ids [t] -> [r t s]."""
-    t = len(ids)
-    at = torch.arange(t)
-    d = at[:, None] - at
-    same = ids[:, None] == ids
-    follows = torch.zeros(t, t, dtype=torch.bool)
-    follows[:, 1:] = same[:, :-1]
-    earlier = d > 0
-    again = same & (d != 0)
-    masks = {
-        "previous": d == 1,
-        "next": d == -1,
-        "first": (at == 0) & (at[:, None] > 0),
-        "last": (at == t - 1) & (at[:, None] < t - 1),
-        "itself": (d == 0) & (same & earlier).any(-1, keepdim=True),
-        "local": (d.abs() <= WINDOW) & (d != 0),
-        "same": same & again.any(-1, keepdim=True),
-        "duplicate": same & earlier,
-        "induction": follows & earlier,
-    }
-    return torch.stack([masks[r] for r in RELATIONS])
-
-
-class _Tally:
-    """Sums over queries for the heads of one layer."""
-
-    def __init__(self, h: int, reach: int):
-        f = torch.float64
-        self.weight, self.count, self.even = torch.zeros(h, len(RELATIONS), dtype=f), torch.zeros(len(RELATIONS), dtype=f), torch.zeros(len(RELATIONS), dtype=f)
-        self.of_rows = {k: torch.zeros(h, dtype=f) for k in ("entropy", "distance", "uniform", "entropy_rest", "distance_rest", "rest")}
-        self.rows, self.choices = 0, 0
-        # By signed distance, for each head and (last) the even head: number, sum, sum of squares.
-        self.reach = reach
-        self.n, self.sum, self.square = (
-            torch.zeros(2 * reach + 1, dtype=f),
-            torch.zeros(h + 1, 2 * reach + 1, dtype=f),
-            torch.zeros(h + 1, 2 * reach + 1, dtype=f),
-        )
-
-    def add(self, heads: slice, pattern: Tensor, visible: Tensor, masks: Tensor, fresh: int) -> None:
-        """Weights [h t s] of some heads on one text; ``fresh``: how many positions from the first on make up the profile by distance."""
-        t = pattern.shape[-1]
-        seen = visible.sum(-1)
-        once = heads.start == 0  # what is the same for all heads is counted with the first group
-        reach = masks & visible
-        counted = reach.any(-1) & (visible & ~reach).any(-1)
-        # Sigmoid attention may give away more than 1: its rows are divided by their sum.
-        pattern = pattern / pattern.sum(-1, keepdim=True).clamp_min(1.0)
-        self.weight[heads] += pattern.flatten(1) @ (reach & counted[..., None]).flatten(1).double().T
-        if once:
-            self.count += counted.sum(-1)
-            self.even += (reach.sum(-1) / seen.clamp_min(1) * counted).sum(-1)
-            self.rows, self.choices = self.rows + t, self.choices + int((seen > 1).sum())
-        self._rows(heads, pattern, seen)
-        self._profile(heads, pattern, visible, seen, fresh, once)
-
-    def _rows(self, heads: slice, pattern: Tensor, seen: Tensor) -> None:
-        t = pattern.shape[-1]
-        at = torch.arange(t)
-        far = (at[:, None] - at).abs().double()
-        share = pattern.abs()
-        share = share / share.sum(-1, keepdim=True).clamp_min(1e-30)
-        bits = torch.special.entr(share).sum(-1) / math.log(2)
-        self.of_rows["entropy"][heads] += bits.sum(-1)
-        self.of_rows["distance"][heads] += (share * far).sum((-1, -2))
-        choice = seen > 1
-        self.of_rows["uniform"][heads] += (bits[:, choice] / seen[choice].double().log2()).sum(-1)
-        left = share[:, 1:, 1:].sum(-1)
-        kept = left > 1e-3
-        rest = share[:, 1:, 1:] / left.clamp_min(1e-3)[..., None]
-        self.of_rows["entropy_rest"][heads] += (torch.special.entr(rest).sum(-1) / math.log(2) * kept).sum(-1)
-        self.of_rows["distance_rest"][heads] += ((rest * far[1:, 1:]).sum(-1) * kept).sum(-1)
-        self.of_rows["rest"][heads] += kept.sum(-1)
-
-    def _profile(self, heads: slice, pattern: Tensor, visible: Tensor, seen: Tensor, fresh: int, once: bool) -> None:
-        at = torch.arange(pattern.shape[-1])
-        d = at[:, None] - at
-        pairs = visible & (d != 0) & (at[:, None] < fresh) & (at < fresh)
-        index = d[pairs] + self.reach
-        values = pattern[:, pairs]
-        self.sum[:-1][heads] += torch.zeros_like(self.sum[:-1][heads]).index_add_(1, index, values)
-        self.square[:-1][heads] += torch.zeros_like(self.sum[:-1][heads]).index_add_(1, index, values**2)
-        if once:
-            even = (1 / seen.clamp_min(1).double())[:, None].expand_as(d)[pairs]
-            self.n.index_add_(0, index, torch.ones_like(even))
-            self.sum[-1].index_add_(0, index, even)
-            self.square[-1].index_add_(0, index, even**2)
-
-    def scores(self) -> tuple[Tensor, Tensor]:
-        """Scores [h r] and those of the even head [r], in the order of :data:`ROLES`."""
-        explained = self._explained()
-        uniform = self.of_rows["uniform"] / self.choices if self.choices else torch.full_like(self.of_rows["uniform"], torch.nan)
-        scores = torch.cat([self.weight / self.count, explained[:-1, None], uniform[:, None]], -1)
-        return scores, torch.cat([self.even / self.count, explained[-1:], explained.new_zeros(1)])
-
-    def _explained(self) -> Tensor:
-        """R^2 by distance for every head and the even head; 0 where there is nothing to explain."""
-        n = self.n.sum()
-        total = self.square.sum(-1) - self.sum.sum(-1) ** 2 / n
-        within = (self.square - self.sum**2 / self.n.clamp_min(1)).sum(-1)
-        return torch.where(total > 1e-10 * n, 1 - within / total.clamp_min(1e-300), torch.zeros_like(total)) if n else torch.full_like(total, torch.nan)
-
-    def figures(self) -> dict[str, Tensor]:
-        """Entropy and distance [h], of whole rows and of what is left of them without the first position."""
-        o = self.of_rows
-        return {k: o[k] / self.rows for k in ("entropy", "distance")} | {k: o[k] / o["rest"] for k in ("entropy_rest", "distance_rest")}
-
-
-@dataclass(frozen=True, eq=False)
-class _Measured:
-    tallies: list[_Tally]
-    tokens: int
-
-    def scores(self) -> tuple[Tensor, Tensor]:
-        """[n r] of all heads and of the even head in their layers."""
-        found = [t.scores() for t in self.tallies]
-        return torch.cat([s for s, _ in found]).float(), torch.cat([e.expand_as(s) for s, e in found]).float()
-
-    @property
-    def figures(self) -> list[dict[str, Tensor]]:
-        return [t.figures() for t in self.tallies]
-
-
-def _measure(reading: Reading, fresh: list[int] | None) -> _Measured:
-    """Read everything once; ``fresh``: for every row, how many positions hold no repetition (None: profiles take all positions)."""
-    stack = reading.stack
-    tallies = [_Tally(n_heads(stack, i), reading.context) for i in range(n_layers(stack))]
-    masks: dict[int, Tensor] = {}
-    tokens = 0
-
-    def take(layer: int, heads: slice, pattern: Tensor, visible: Tensor, batch: Batch) -> None:
-        nonlocal tokens
-        if layer == 0 and heads.start == 0:
-            masks.clear()
-            tokens += int(batch.real.sum())
-        for row, window in enumerate(batch.windows):
-            n = len(window.ids)
-            if row not in masks:
-                masks[row] = relations(torch.tensor(window.ids))
-            own = visible[row % len(visible), :n, :n]
-            tallies[layer].add(heads, pattern[row, :, :n, :n], own, masks[row], n if fresh is None else fresh[batch.number + row])
-
-    each_pattern(reading, take)
-    return _Measured(tallies, tokens)
-
-
-__all__ = ["DEFINITIONS", "ROLES", "HeadRoles", "head_roles"]
+__all__ = ["DEFINITIONS", "RELATIONS", "ROLES", "HeadRoles", "head_roles", "relations"]

@@ -38,13 +38,13 @@ def attention_rollout(
     residual: float = 0.5,
     heads: str = "mean",
     layer: int | None = None,
-    positions: Positions = None,
+    position: Positions = None,
     tokenizer: Any = None,
     source: Text | None = None,
 ) -> Rollout:
     """Attention rollout [t s]: the product over layers of ``(1 - residual) A + residual I``, each row divided by its sum (arXiv 2005.00928).
 
-    ``A``: the ``mean`` (or ``max``, ``min``) over heads. ``layer``: the last that counts (None: all). ``positions``: the one whose row is printed
+    ``A``: the ``mean`` (or ``max``, ``min``) over heads. ``layer``: the last that counts (None: all). ``position``: the one whose row is printed
     (None: the last); all rows are in ``weights``. Of an encoder-decoder: its decoder's self-attention. Holds one head's pattern at a time.
     Raises :class:`InputError` for a ``residual`` outside 0 to 1.
     """
@@ -52,7 +52,7 @@ def attention_rollout(
     choose(heads, HEADS, "way to join heads")
     if isinstance(residual, bool) or not isinstance(residual, int | float) or not 0 <= residual <= 1:
         raise InputError(f"residual={residual!r} is the identity's share in each layer: a number from 0 to 1, as a rule 0.5.")
-    row, last = s.position(positions), s.layers - 1 if layer is None else check_layer(s.stack, layer)
+    row, last = s.position(position), s.layers - 1 if layer is None else check_layer(s.stack, layer)
     tap = _Roll([s.path(f"blocks.{i}.attn.pattern") for i in range(last + 1)], [n_heads(s.stack, i) for i in range(last + 1)], heads, residual)
     with torch.no_grad(), evaluating(s.model):
         s.model(*s.inputs, tap=tap, **last_only(s))

@@ -36,3 +36,8 @@ def _character(c: str, *, alone: bool) -> str:
     if category in {"Cf", "Cs", "Cn", "Co", "Zs", "Zl", "Zp"} and (alone or c not in _JOINERS):
         return f"‹U+{ord(c):04X}›"
     return c
+
+
+def short(text: str, most: int = 10) -> str:
+    """A piece that fits into a cell."""
+    return text if len(text) <= most else text[: most - 1] + "…"

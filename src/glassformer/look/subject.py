@@ -11,7 +11,8 @@ its tokenizer), a text or token ids, positions counted from 0 (below zero from t
 
 from __future__ import annotations
 
-import re
+import sys
+import warnings
 from collections import abc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,18 +21,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glassformer.core.errors import InputError, SiteError, TokenizerError, did_you_mean
+from glassformer.core.errors import GlassformerWarning, InputError, SiteError
 from glassformer.core.fields import described
 from glassformer.core.modes import evaluating
 from glassformer.core.tap import Record, Tap
 from glassformer.infer.session import position_limit
 from glassformer.models.encoder_decoder import EncoderDecoderModel
-from glassformer.models.transformer import Decoder, TransformerModel
-from glassformer.parts.readout import LanguageModel
 from glassformer.text import Tokenizer
 from glassformer.weights.own import Loaded
 
-from .shown import shown
+from .stacks import (
+    check_layer,
+    check_reads_tokens,
+    check_whole,
+    choose,
+    feedforward_of,
+    is_causal,
+    n_heads,
+    n_layers,
+    piece_of,
+    read_head,
+    reads_tokens,
+    shorten,
+    vocabulary,
+    with_weights,
+)
 
 Text = str | Sequence[int] | Tensor
 """A text, or its token ids."""
@@ -138,7 +152,7 @@ class Subject:
     def run(self, *sites: str, tap: Tap | None = None, grad: bool = False) -> tuple[Record, Tensor]:
         """One forward pass in evaluation mode: what was recorded at ``sites`` (of :attr:`stack`, without prefix), and the logits [t v].
 
-        ``tap`` comes before the record: what it edits is recorded as edited. ``grad=True`` keeps the graph.
+        Without ``sites`` nothing is recorded. ``tap`` comes before the record: what it edits is recorded as edited. ``grad=True`` keeps the graph.
         """
         tap = self.tap if tap is None else tap if self.tap is None else self.tap | tap
         record = Record(*(self.path(s) for s in sites), grad=grad) if sites else Record("**")
@@ -212,6 +226,10 @@ class Subject:
             if len(given) != 2:
                 raise InputError(f"A target is one token or a pair of two, whose logits are subtracted; {len(given)} were given: {given!r}.")
             a, b = (self.token(g) for g in given)
+            if a == b:
+                first, second = (repr(g) for g in given)
+                same = f"both are {first}" if first == second else f"{first} and {second} are both {self.piece(a)!r}"
+                raise InputError(f"A pair of a target is two tokens, whose logits are subtracted, but {same} (id {a}): give another token, or one alone.")
             return Target(a, b, f"{self.piece(a)} − {self.piece(b)}")
         one = self.token(given)
         return Target(one, None, self.piece(one))
@@ -241,12 +259,22 @@ class Subject:
         return piece_of(self.tokenizer, i)
 
 
-def read(model: Any, text: Text, tokenizer: Tokenizer | None = None, *, source: Text | None = None, most: int | None = None, tap: Tap | None = None) -> Subject:
+def read(
+    model: Any,
+    text: Text,
+    tokenizer: Tokenizer | None = None,
+    *,
+    source: Text | None = None,
+    most: int | None = None,
+    tap: Tap | None = None,
+    note: bool = True,
+) -> Subject:
     """The subject of a question: ``model`` (or what ``gf.load`` gave) on ``text``.
 
     ``text``: a text, which the tokenizer reads with what its file prescribes around it ([CLS], a beginning); or ids, taken as they are.
     ``source``: what an encoder-decoder's encoder reads. ``most``: refuse more tokens than that. ``tap``: what sees or edits every
-    :meth:`Subject.run`; only functions that ask the model by it alone may take one.
+    :meth:`Subject.run`; only functions that ask the model by it alone may take one. ``note``: warn of a text longer than those the model was made for
+    (:func:`note_length`); who reads several texts warns once, of the longest.
     Raises :class:`InputError` for an empty text, one too long, ids beyond the vocabulary, and a text without a tokenizer.
     """
     if tokenizer is None:
@@ -270,12 +298,37 @@ def read(model: Any, text: Text, tokenizer: Tokenizer | None = None, *, source: 
     source_ids = () if source is None else _ids(source, tokenizer, "source", model.encoder, most)
     if tap is not None and not isinstance(tap, Tap):
         raise InputError(f"tap= sees or edits a pass, but {described(type(tap))} was given: Intervention(...).tap(model) makes one, Edit(...) another.")
+    if note:
+        note_length(model, len(ids))
     return Subject(model, tokenizer, ids, tuple(piece_of(tokenizer, i) for i in ids), source_ids, tuple(piece_of(tokenizer, i) for i in source_ids), tap)
+
+
+def note_length(model: Any, tokens: int) -> None:
+    """Warn (:class:`GlassformerWarning`) of a text of more tokens than the model was made for, if that is known.
+
+    Known it is of a run's model, which was trained on windows of so many tokens, and of a published one whose config names its positions. Beyond them a
+    model computes, but nothing has fitted it to what it meets there. A text beyond learned positions is an error of :func:`read`. The warning stands at
+    the line that asked: the first one outside this package.
+    """
+    known = {} if isinstance(model, EncoderDecoderModel) else getattr(model, "origin", {})  # windows of a pair of texts count neither of them
+    trained, named = (known.get(part, {}).get(key) for part, key in (("training", "context"), ("config", "max_position_embeddings")))
+    if isinstance(trained, int) and tokens > trained:
+        what, todo = f"was trained on windows of {trained}", f"give its first {trained} tokens to stay within them"
+    elif trained is None and isinstance(named, int) and tokens > named > 0:
+        what, todo = f"names {named} positions in its config", f"give its first {named} tokens to stay within them"
+    else:
+        return
+    frame, level = sys._getframe(1), 2
+    ours = (__name__.split(".")[0], "torch")  # torch: what its decorators put between
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ours:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"The text has {tokens} tokens, but this model {what}: beyond them its numbers are untried; {todo}.", GlassformerWarning, level)
 
 
 def read_pair(model: Any, clean: Text, corrupted: Text, tokenizer: Tokenizer | None = None, **rest: Any) -> tuple[Subject, Subject]:
     """Two texts of equally many tokens. Raises :class:`InputError` with both counts (and the pieces) otherwise."""
-    a, b = read(model, clean, tokenizer, **rest), read(model, corrupted, tokenizer, **rest)
+    a, b = (read(model, text, tokenizer, note=False, **rest) for text in (clean, corrupted))
+    note_length(a.model, max(len(a), len(b)))
     if len(a) != len(b):
         raise InputError(
             f"The texts are compared position by position, but the first has {len(a)} tokens ({' '.join(a.pieces[:12])}) and the second {len(b)} "
@@ -313,113 +366,27 @@ def _ids(text: Text, tokenizer: Tokenizer | None, name: str, stack: Any, most: i
     return tuple(ids)
 
 
-# What a model is made of
-
-
-def n_layers(stack: Any) -> int:
-    """Number of blocks."""
-    return len(stack.blocks) if isinstance(stack, TransformerModel) else int(stack.n_layers)
-
-
-def n_heads(stack: Any, layer: int, kind: str = "attn") -> int:
-    """Number of query heads of a layer (``kind``: ``"attn"`` or ``"cross"``)."""
-    block: Any = stack.blocks[layer] if isinstance(stack, TransformerModel) else None
-    return int(getattr(block, kind).n_heads) if isinstance(stack, TransformerModel) else int(stack.n_heads(layer))
-
-
-def feedforward_of(stack: Any, layer: int) -> str:
-    """The name of a layer's feed-forward sublayer: ``"ffn"`` or ``"experts"``."""
-    block: Any = stack.blocks[layer] if isinstance(stack, TransformerModel) else None
-    return str(block.order[-1]) if isinstance(stack, TransformerModel) else str(stack.feedforward(layer))
-
-
-def vocabulary(stack: Any) -> int:
-    """Number of token ids."""
-    return int(stack.spec.vocab_size) if isinstance(stack, TransformerModel) else int(stack.vocab_size)
-
-
-def is_causal(stack: Any) -> bool:
-    """Whether positions see only what came before."""
-    return isinstance(stack.spec, Decoder) if isinstance(stack, TransformerModel) else bool(stack.causal)
-
-
-def reads_tokens(stack: Any) -> bool:
-    """Whether the model ends in scores over its vocabulary."""
-    return isinstance(stack.spec.readout, LanguageModel) if isinstance(stack, TransformerModel) else bool(stack.reads_tokens)
-
-
-def check_reads_tokens(stack: Any, what: str) -> None:
-    """Raise :class:`InputError` if the model predicts no tokens."""
-    if not reads_tokens(stack):
-        if not isinstance(stack, TransformerModel):
-            raise InputError(
-                f"{what} asks for scores over the vocabulary, but no read-out over tokens is found in this {stack.name} from outside: "
-                "load it with one (AutoModelForCausalLM, AutoModelForMaskedLM), or open its checkpoint with gf.load."
-            )
-        ends = type(stack.spec.readout).__name__
-        raise InputError(f"{what} asks for scores over the vocabulary, but this model ends in {ends}: give one with readout=LanguageModel().")
-
-
-def with_weights(stack: Any, what: str) -> TransformerModel:
-    """The stack itself, whose parameters are known by name. Raises :class:`InputError` for a model that only lends its activations."""
-    if not isinstance(stack, TransformerModel):
-        raise InputError(f"{what} reads the model's matrices, which a foreign model keeps under names of its own: open its checkpoint with gf.load(folder).")
-    return stack
-
-
-_HEAD = re.compile(r"(?:L\s*)?(\d+)\s*(?:[.,/]|\s*H)\s*(\d+)", re.IGNORECASE)
-
-
-def read_head(stack: Any, given: str | tuple[int, int]) -> tuple[int, int]:
-    """``(layer, head)`` of ``"5.1"``, ``"L5H1"`` or ``(5, 1)``. Raises :class:`SiteError` for one that the model has not."""
-    if isinstance(given, str):
-        found = _HEAD.fullmatch(given.strip())
-        if not found:
-            raise SiteError(f"{given!r} names no head: write layer and head as '5.1' or 'L5H1', both counted from 0.")
-        layer, head = int(found[1]), int(found[2])
-    elif isinstance(given, tuple) and len(given) == 2 and all(isinstance(n, int) and not isinstance(n, bool) for n in given):
-        layer, head = given
-    else:
-        raise SiteError(f"{given!r} names no head: give (layer, head), or '5.1'.")
-    check_layer(stack, layer)
-    n = n_heads(stack, layer)
-    if not 0 <= head < n:
-        raise SiteError(f"Head {layer}.{head} was asked for, but layer {layer} has {n} heads, 0 to {n - 1}.")
-    return layer, head
-
-
-def check_layer(stack: Any, layer: int) -> int:
-    """The layer itself; raises :class:`SiteError` for one that the model has not."""
-    n = n_layers(stack)
-    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < n:
-        raise SiteError(f"Layer {layer!r} was asked for, but the model has {n} layers, 0 to {n - 1}.")
-    return layer
-
-
-def check_whole(least: int, /, **given: Any) -> None:
-    """Raise :class:`InputError` for an argument that is no whole number of at least ``least``: ``check_whole(1, top=top, count=count)``."""
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(f"{name}={value!r}: a whole number of at least {least} is needed.")
-
-
-def choose(given: str, known: Sequence[str], what: str) -> str:
-    """One of the ``known`` words; raises :class:`InputError` naming the nearest."""
-    if given not in known:
-        raise InputError(f"{given!r} is no {what}.{did_you_mean(str(given), known)} Known: {', '.join(known)}.")
-    return given
-
-
-def piece_of(tokenizer: Tokenizer | None, i: int) -> str:
-    """Display form of a token id: every character visible; a number in angle quotes where there is no text for it."""
-    if tokenizer is None:
-        return f"‹{i}›"
-    try:
-        return shown(tokenizer.piece(i))
-    except TokenizerError:
-        return f"‹{i}›"
-
-
-def shorten(text: str, most: int = 60) -> str:
-    """A text that fits into a message."""
-    return text if len(text) <= most else text[: most - 1] + "…"
+__all__ = [
+    "Positions",
+    "Subject",
+    "Target",
+    "TargetLike",
+    "Text",
+    "check_layer",
+    "check_reads_tokens",
+    "check_whole",
+    "choose",
+    "feedforward_of",
+    "is_causal",
+    "n_heads",
+    "n_layers",
+    "note_length",
+    "piece_of",
+    "read",
+    "read_head",
+    "read_pair",
+    "reads_tokens",
+    "shorten",
+    "vocabulary",
+    "with_weights",
+]

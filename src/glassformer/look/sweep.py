@@ -7,6 +7,8 @@
       stream that enters block 3 ──► block 3 up to the patched site      one row: nothing there differs yet
                                        └──► [n ..] n rows, each with its own value ──► … ──► read-out of the positions that count
 
+Of a subject with a tap of its own (edits that hold in every run) nothing is left out: the tap sees every variant whole, from its first site on.
+
 What is the same is computed once: everything before the patched site, and in a causal model every position before the first patched one
 (its keys and values are the base run's). In the last block only the position that is read out goes on after attention. What comes out is,
 to the rounding of the products, what one full forward pass per variant gives.
@@ -92,7 +94,10 @@ class Sweep:
             raise InputError(f"memory={memory!r}: it is the number of bytes that a batch may hold, at least 1.")
         self.subject, self.tap, self.memory = subject, tap, MEMORY if memory is None else int(memory)
         self.progress = sys.stderr.isatty() if progress is None else progress
-        self.own = isinstance(subject.stack, TransformerModel)
+        self.own = isinstance(subject.stack, TransformerModel) and subject.tap is None
+        """Whether a pass can begin inside: of a foreign model, and under a tap that must see every site of a pass once, it cannot."""
+        if subject.tap is not None:
+            self.tap = subject.tap if tap is None else subject.tap | tap
         self.axes = {s.path.removeprefix(subject.prefix): s.axes for s in subject.model.sites() if s.path.startswith(subject.prefix)}
         self.encoded: Tensor | None = None
         self._begin(keep)
@@ -195,6 +200,7 @@ class Sweep:
     def _most(self, row: tuple[Patch, ...], t: int, reads: int) -> int:
         """Rows in a batch: within the memory, and no more than make it faster."""
         spec = getattr(self.subject.stack, "spec", None)
+        reads = reads if self.own else t
         d = int(getattr(spec, "d_model", 1024))
         inner = max((v for v in (self._width(b) for b in spec.blocks)), default=4 * d) if self.own and spec is not None else 8 * d
         size = self.logits.element_size()

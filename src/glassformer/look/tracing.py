@@ -11,7 +11,7 @@ this corruption; where the knowledge is stored, or where an edit would work, it 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from glassformer.core.errors import InputError
-from glassformer.core.tap import Edit
+from glassformer.core.tap import Edit, Tap
 
 from .figure import Theme, heatmap
-from .patching import site_path
+from .patching_question import site_path
 from .result import Grid, Result
-from .subject import Positions, Text, check_reads_tokens, check_whole, choose, read, with_weights
+from .subject import Positions, Subject, Text, check_reads_tokens, check_whole, choose, read, with_weights
 from .sweep import Patch, Sweep
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ def causal_trace(
     seed: int = 0,
     tokenizer: Any = None,
     source: Text | None = None,
+    tap: Tap | None = None,
     memory: int | None = None,
     progress: bool | None = None,
 ) -> Traced:
@@ -118,11 +119,36 @@ def causal_trace(
     numbers, as the stream
     receives them. ``window``: layers of attn and ffn restored together (the paper takes 10 of 48). ``kinds``: of resid (the stream as it leaves a
     block), attn, ffn.
+    ``tap``: edits that hold in the clean, the noisy and the restored runs alike.
     Raises :class:`InputError` for a subject that does not stand in the text, :class:`SiteError` for a model without these states.
     """
-    s = read(model, text, tokenizer, source=source)
+    s = read(model, text, tokenizer, source=source, tap=tap)
     check_reads_tokens(s.stack, "Causal tracing")
-    stack = with_weights(s.stack, "Causal tracing")
+    with_weights(s.stack, "Causal tracing")
+    where, kinds = _asked(s, subject, kinds, noise, samples, window, seed)
+    paths = {k: [site_path(s, STATES[k], n) for n in range(s.layers)] for k in kinds}
+    clean = Sweep(s, [*(p for group in paths.values() for p in group), "embed"], memory=memory, progress=False)
+    at = s.position(position)
+    asked = s.target(target, clean.logits[at])
+    if asked.against is not None:
+        raise InputError("Causal tracing asks for the probability of one token, but a pair was given: name the first alone.")
+
+    def score(logits: Tensor) -> Tensor:
+        return logits[:, 0].double().softmax(-1)[:, asked.token]
+
+    variants = _restored(clean, paths, window)
+    total, start = torch.zeros(len(variants), dtype=torch.float64), 0.0
+    for noisy in _noise(s, where, clean.base["embed"].shape[-1], noise, samples, seed):
+        sweep = Sweep(s, tap=noisy, memory=memory, progress=progress)
+        start += float(score(sweep.logits[at][None, None])[0]) / samples
+        total += sweep.run(variants, score, (at,), "restoring states") / samples
+    values = total.reshape(len(kinds), s.layers, len(s)).float()
+    whole = float(score(clean.logits[at][None, None])[0])
+    return Traced(tuple(s.pieces), tuple(where), kinds, values, whole, start, s.piece(asked.token), noise, samples, window)
+
+
+def _asked(s: Subject, subject: Positions, kinds: Any, noise: Any, samples: int, window: int, seed: int) -> tuple[list[int], tuple[str, ...]]:
+    """Where the noise goes, and which kinds of states are restored; all numbers checked."""
     if subject is None:
         raise InputError("The subject is missing: name the words of the text (or positions) whose embeddings get the noise.")
     where = s.positions(subject)
@@ -135,33 +161,25 @@ def causal_trace(
     check_whole(0, seed=seed)
     if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 < noise < math.inf:
         raise InputError(f"noise={noise!r}: it is a finite number above 0, times the embeddings' standard deviation.")
-    paths = {k: [site_path(s, STATES[k], n) for n in range(s.layers)] for k in kinds}
-    clean = Sweep(s, [*(p for group in paths.values() for p in group), "embed"], memory=memory, progress=False)
-    at = s.position(position)
-    asked = s.target(target, clean.logits[at])
-    if asked.against is not None:
-        raise InputError("Causal tracing asks for the probability of one token, but a pair was given: name the first alone.")
-    variants = []
-    for kind in kinds:
-        for n in range(s.layers):
-            span = [n] if kind == "resid" else [m for m in range(n - window // 2, n - window // 2 + window) if 0 <= m < s.layers]
-            variants += [[Patch(paths[kind][m], clean.base[paths[kind][m]][0, i : i + 1], (i,)) for m in span] for i in range(len(s))]
-    embedded = clean.base["embed"]
-    factor = float(stack.embed.factor)
-    size = noise * float(stack.embed.weight.detach().float().std()) * factor
+    return where, kinds
+
+
+def _restored(clean: Sweep, paths: Mapping[str, Sequence[str]], window: int) -> list[list[Patch]]:
+    """What is put back in each variant: one state, of attn and ffn with those of the layers around it."""
+    made = []
+    for kind, sites in paths.items():
+        for n in range(len(sites)):
+            span = [n] if kind == "resid" else [m for m in range(n - window // 2, n - window // 2 + window) if 0 <= m < len(sites)]
+            made += [[Patch(sites[m], clean.base[sites[m]][0, i : i + 1], (i,)) for m in span] for i in range(len(clean.subject))]
+    return made
+
+
+def _noise(s: Subject, where: Sequence[int], width: int, noise: float, samples: int, seed: int) -> Iterator[Tap]:
+    """The noise of each sample, as an edit of the embedding."""
+    embed = s.stack.embed
+    size = noise * float(embed.weight.detach().float().std()) * float(embed.factor)
     draw = torch.Generator().manual_seed(seed)
     index = torch.tensor(where, device=s.device)
-    total, start = torch.zeros(len(variants), dtype=torch.float64), 0.0
-
-    def score(logits: Tensor) -> Tensor:
-        return logits[:, 0].double().softmax(-1)[:, asked.token]
-
     for _ in range(samples):
-        change = size * torch.randn(len(where), embedded.shape[-1], generator=draw).to(embedded)
-        tap = Edit(s.prefix + "embed", lambda x, c=change: x.index_add(1, index, c.expand(x.shape[0], -1, -1)))  # type: ignore[misc]
-        sweep = Sweep(s, tap=tap, memory=memory, progress=progress)
-        start += float(score(sweep.logits[at][None, None])[0]) / samples
-        total += sweep.run(variants, score, (at,), "restoring states") / samples
-    values = total.reshape(len(kinds), s.layers, len(s)).float()
-    whole = float(score(clean.logits[at][None, None])[0])
-    return Traced(tuple(s.pieces), tuple(where), tuple(kinds), values, whole, start, s.piece(asked.token), noise, samples, window)
+        change = size * torch.randn(len(where), width, generator=draw)
+        yield Edit(s.prefix + "embed", lambda x, c=change: x.index_add(1, index, c.to(x).expand(x.shape[0], -1, -1)))  # type: ignore[misc]

@@ -33,10 +33,11 @@ from glassformer.core.numerics import wide
 from glassformer.infer.session import position_limit
 from glassformer.models.encoder_decoder import EncoderDecoderModel
 
+from .distributions import kl
 from .figure import Theme, lines
-from .lenses import kl, stream_sites
+from .lens_reading import stream_sites
 from .result import SUFFIXES, Grid, Result
-from .subject import Subject, Text, check_reads_tokens, read, with_weights
+from .subject import Subject, Text, check_reads_tokens, note_length, read, with_weights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +78,9 @@ class TunedLens(Result):
     def grid(self) -> Grid:
         rows = tuple((name, float(a), float(b), float(b / a) if a > 0 else None) for name, a, b in zip(self.rows, self.before, self.after, strict=True))
         return Grid(
-            ("depth", "KL before", "KL after", "ratio"), rows, "KL(model's output || read-out at that depth), bits per token, on text that was held out."
+            ("depth", "KL before (bits)", "KL after (bits)", "ratio"),
+            rows,
+            "KL(model's output || read-out at that depth) per token, on text that was held out.",
         )
 
     def draw(self, figure: Figure, theme: Theme) -> None:
@@ -210,7 +213,7 @@ def _windows(model: Any, texts: Any, tokenizer: Tokenizer | None, most: int, con
             raise InputError("An encoder-decoder reads two texts, so its lens is trained on pairs: [(source, text), ...].")
         rows, left = [], most
         for source, text in texts:
-            rows.append(read(model, text, tokenizer, source=source))
+            rows.append(read(model, text, tokenizer, source=source, note=False))
             left -= len(rows[-1])
             if left <= 0:
                 break
@@ -221,10 +224,12 @@ def _windows(model: Any, texts: Any, tokenizer: Tokenizer | None, most: int, con
         limit = position_limit(getattr(inner, "decoder", inner)) if hasattr(inner, "sites") else None
         room = max(1, min(context, context if limit is None else limit - len(around[0]) - len(around[1]), len(ids) // 8))
         # A short last window would be a test on a beginning only.
-        rows = [read(model, [*around[0], *ids[i : i + room], *around[1]], tokenizer) for i in range(0, max(1, len(ids) - room + 1), room) if ids]
+        starts = range(0, max(1, len(ids) - room + 1), room) if ids else ()
+        rows = [read(model, [*around[0], *ids[i : i + room], *around[1]], tokenizer, note=False) for i in starts]
         total = len(ids)
     if total < LEAST_TOKENS or len(rows) < 2:
         raise InputError(f"The text has {total} tokens in {len(rows)} rows, but a lens is trained on at least {LEAST_TOKENS} in 2: give more text.")
+    note_length(rows[0].model, max(map(len, rows)))
     return rows
 
 

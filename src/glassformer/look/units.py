@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,22 +23,31 @@ from glassformer.parts.feedforward import GatedLayer
 from glassformer.text import Tokenizer
 
 from .directions import Words, words_read, words_written
-from .figure import Theme, dress, plain_text
+from .figure import Theme
 from .moments import Moments
 from .result import Cell, Grid, Result
-from .subject import check_layer, check_whole, choose, feedforward_of
+from .subject import check_whole, choose
+from .unit_figure import draw_contexts
+from .unit_places import feedforward_layer, unit_sites
 from .windows import Batch, Context, Reading, Texts, Window, context_of
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-RANKINGS = ("largest", "smallest", "absolute")
+RANKINGS = ("extreme", "largest", "smallest", "absolute")
+"""Which values' contexts are shown: those of the end that lies further from the mean, of either end, or of those furthest from zero."""
+SHOWN = {"largest": "largest", "smallest": "smallest", "absolute": "absolutely largest"}
+BELOW_ZERO = "Where post is below zero, a unit lowers what it is said to raise, and raises what it is said to lower."
+
+
+def side_of(mean: float, smallest: float, largest: float) -> str:
+    """On which side of the mean the value furthest from it lies: ``"above"`` or ``"below"``."""
+    return "above" if largest - mean >= mean - smallest else "below"
 
 
 @dataclass(frozen=True, eq=False)
 class Neuron(Result):
-    """One unit: statistics of its ``post``, the contexts where it is largest, its directions as words (``None`` where they cannot be read)."""
+    """One unit: statistics of its ``post``, the contexts where it lies furthest out, its directions as words (``None`` where they cannot be read)."""
 
     layer: int
     unit: int
@@ -52,6 +62,8 @@ class Neuron(Result):
     """Fourth standardised moment (a normal distribution has 3): large where the unit is silent but for a few tokens."""
     tokens: int
     contexts: tuple[Context, ...]
+    by: str
+    """Of which values: ``"largest"``, ``"smallest"`` or ``"absolute"``."""
     raises: Words | None
     lowers: Words | None
     reads: Words | None
@@ -65,6 +77,20 @@ class Neuron(Result):
         return f"{self.layer}.{self.unit}"
 
     @property
+    def side(self) -> str:
+        """On which side of the mean the value furthest from it lies: ``"above"`` or ``"below"``."""
+        return side_of(self.mean, self.smallest, self.largest)
+
+    @property
+    def extreme(self) -> float:
+        """The value furthest from the mean."""
+        return self.largest if self.side == "above" else self.smallest
+
+    def words(self, reads: str = "reads", values_read: str = "value reads") -> list[tuple[str, Words | None]]:
+        """The directions by name."""
+        return [("raises", self.raises), ("lowers", self.lowers), (reads, self.reads), (values_read, self.values_read)]
+
+    @property
     def title(self) -> str:
         return f"Unit {self.unit} of the feed-forward layer {self.layer}, over {self.tokens:,} tokens"
 
@@ -72,17 +98,19 @@ class Neuron(Result):
         rows: list[tuple[Cell, ...]] = [(float(c.value), c.pieces[c.at], str(c)) for c in self.contexts]
         said = [
             f"above zero at {self.positive:.1%} of tokens; mean {self.mean:.3g}, deviation {self.deviation:.3g}, smallest {self.smallest:.3g}, "
-            f"largest {self.largest:.3g}, kurtosis {self.kurtosis:.3g}"
+            f"largest {self.largest:.3g}, kurtosis {self.kurtosis:.3g}; the value furthest from the mean lies {self.side} it",
+            f"contexts of the {SHOWN[self.by]} values",
         ]
-        named = {"raises": self.raises, "lowers": self.lowers, "gate reads" if self.values_read else "reads": self.reads, "value reads": self.values_read}
-        said += [f"{name}: {words}" for name, words in named.items() if words is not None]
+        said += [f"{name}: {words}" for name, words in self.words("gate reads" if self.values_read else "reads") if words is not None]
+        if self.extreme < 0:
+            said.append(BELOW_ZERO)
         return Grid(("post", "token", "context"), tuple(rows), "\n".join(said))
 
     def draw(self, figure: Figure, theme: Theme) -> None:
         draw_contexts(figure.subplots(), theme, self)
 
     def size(self) -> tuple[float, float]:
-        return (10.0, 1.1 + 0.27 * (len(self.contexts) + sum(w is not None for w in (self.raises, self.lowers, self.reads, self.values_read))))
+        return (10.0, 1.1 + 0.27 * (len(self.contexts) + sum(w is not None for _, w in self.words())))
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +121,7 @@ class Neurons(Result):
     considered: int
     """Of how many units these are the most peaked (or the ones asked for)."""
     chosen: str
+    by: str
 
     def __getitem__(self, which: str | int | tuple[int, int]) -> Neuron:
         for i, u in enumerate(self.units):
@@ -114,8 +143,13 @@ class Neurons(Result):
         rows: list[tuple[Cell, ...]] = []
         for u in self.units:
             tokens = " ".join(dict.fromkeys(c.pieces[c.at] for c in u.contexts))
-            rows.append((u.name, u.positive, u.mean, u.largest, u.kurtosis, tokens, str(u.raises) if u.raises else None, str(u.lowers) if u.lowers else None))
-        return Grid(("unit", "positive", "mean", "largest", "kurtosis", "top tokens", "raises", "lowers"), tuple(rows))
+            words = (str(u.raises) if u.raises else None, str(u.lowers) if u.lowers else None)
+            rows.append((u.name, u.positive, u.mean, u.side, u.extreme, u.kurtosis, tokens, *words))
+        shown = "those values of that side" if self.by == "extreme" else f"the {SHOWN[self.by]} values"
+        note = f"side: of the mean, on which the value furthest from it (extreme) lies; tokens: of {shown}."
+        if any(u.extreme < 0 for u in self.units):
+            note += f" {BELOW_ZERO}"
+        return Grid(("unit", "positive", "mean", "side", "extreme", "kurtosis", "tokens", "raises", "lowers"), tuple(rows), note)
 
     def draw(self, figure: Figure, theme: Theme) -> None:
         shown = self.units[:4]
@@ -123,90 +157,7 @@ class Neurons(Result):
             draw_contexts(axes, theme, unit, 5)
 
     def size(self) -> tuple[float, float]:
-        return (
-            10.0,
-            sum(0.7 + 0.27 * (min(5, len(u.contexts)) + sum(w is not None for w in (u.raises, u.lowers, u.reads, u.values_read))) for u in self.units[:4]),
-        )
-
-
-def draw_contexts(axes: Axes, theme: Theme, unit: Neuron, most: int = 20) -> None:
-    """The unit's contexts as lines of text, every token shaded by its value; below them the unit's words."""
-    dress(axes, theme, f"{unit.name}   above zero at {unit.positive:.1%}, kurtosis {unit.kurtosis:.3g}", grid=False)
-    shown = unit.contexts[:most]
-    top = max((abs(v) for c in shown for v in c.values or (c.value,)), default=1.0) or 1.0
-    width, row = 118, 0
-    for c in shown:
-        room = width - 11 - len(c.pieces[c.at])
-        before, after = c.pieces[: c.at], c.pieces[c.at + 1 :]
-        while sum(map(len, before)) > room * 2 // 3:
-            before = before[1:]
-        while sum(map(len, before + after)) > room:
-            after = after[:-1]
-        first = c.at - len(before)
-        axes.text(0, row, f"{c.value:9.3g}", family="monospace", fontsize=9, color=theme.dim, va="center")
-        x = 10 + room * 2 // 3 - sum(map(len, before))
-        for i, piece in enumerate((*before, c.pieces[c.at], *after), first):
-            value = c.values[i] if c.values else c.value if i == c.at else 0.0
-            colour = theme.series[0] if value > 0 else theme.series[1]
-            axes.barh(row, len(piece), left=x, height=0.86, color=colour, alpha=min(1.0, abs(value) / top) * 0.75, linewidth=0)
-            axes.text(x, row, plain_text(piece), family="monospace", fontsize=9, color=theme.ink, va="center", fontweight="bold" if i == c.at else "normal")
-            x += len(piece)
-        row += 1
-    for name, words in (("raises", unit.raises), ("lowers", unit.lowers), ("reads", unit.reads), ("× reads", unit.values_read)):
-        if words is not None:
-            line = ""
-            for piece in words.pieces:
-                line = line if len(line) + len(piece) + 2 > width - 11 else f"{line}  {piece}"
-            axes.text(0, row, f"{name:>9}", family="monospace", fontsize=9, color=theme.dim, va="center")
-            axes.text(9, row, plain_text(line), family="monospace", fontsize=9, color=theme.dim, va="center")
-            row += 1
-    axes.set_xlim(-0.5, width)
-    axes.set_ylim(row - 0.4, -0.6)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
-# Where units are
-
-
-def unit_site(stack: Any, layer: int, what: str = "Its units") -> str:
-    """The site of a layer's hidden units. Raises :class:`InputError` for a mixture of experts that has no expert for every token."""
-    kind = feedforward_of(stack, layer)
-    if kind == "ffn":
-        return f"blocks.{layer}.ffn.post"
-    block: Any = stack.blocks[layer]
-    if block.experts.shared is not None:
-        return f"blocks.{layer}.experts.shared.post"
-    raise InputError(
-        f"Layer {layer} is a mixture of experts: each expert sees only the tokens that chose it, so its hidden units are no site. {what} can be looked at "
-        "in layers with a plain feed-forward layer or a shared expert; look at the router's choices with the site "
-        f"'blocks.{layer}.experts.chosen' instead."
-    )
-
-
-def feedforward_layer(stack: TransformerModel, layer: int) -> Any:
-    """The module behind :func:`unit_site`."""
-    block: Any = stack.blocks[layer]
-    return block.ffn if feedforward_of(stack, layer) == "ffn" else block.experts.shared
-
-
-def unit_sites(reading: Reading, layer: int | None) -> dict[str, int]:
-    """The layers that are looked at, by the full paths of their units."""
-    stack = reading.stack
-    if layer is not None:
-        return {reading.subject.path(unit_site(stack, check_layer(stack, layer))): layer}
-    found: dict[str, int] = {}
-    trouble: InputError | None = None
-    for i in range(reading.subject.layers):
-        try:
-            found[reading.subject.path(unit_site(stack, i))] = i
-        except InputError as error:
-            trouble = error
-    if not found and trouble is not None:
-        raise trouble
-    return found
+        return (10.0, sum(0.7 + 0.27 * (min(5, len(u.contexts)) + sum(w is not None for _, w in u.words())) for u in self.units[:4]))
 
 
 # Top contexts
@@ -240,7 +191,7 @@ def neurons(
     units: int | Sequence[int] | None = None,
     top: int = 10,
     count: int = 8,
-    by: str = "largest",
+    by: str = "extreme",
     words: int = 8,
     around: int = 12,
     skip: int = 0,
@@ -253,7 +204,8 @@ def neurons(
 
     ``texts``: a text, a list, token ids, or a file (``pathlib.Path``), read in windows of ``context`` tokens, at most ``tokens`` in all. ``layer``, ``units``:
     which (units need a layer); without ``units`` the ``count`` of largest kurtosis are shown. ``by``: contexts of the ``"largest"``, ``"smallest"`` or
-    ``"absolute"``-ly largest ``post``. ``skip``: so many tokens at the beginning of every window, which see next to nothing, do not count.
+    ``"absolute"``-ly largest ``post``, or (``"extreme"``) of the largest or the smallest, whichever end lies further from the unit's mean.
+    ``skip``: so many tokens at the beginning of every window, which see next to nothing, do not count.
     ``words``: how many tokens a direction is read as, among those that occur in the texts (rows that training never met point anywhere).
 
     Held at a time: one layer's hidden units of one batch, and ``top`` values for every unit.
@@ -265,51 +217,108 @@ def neurons(
     wanted = None if units is None else _chosen(units, layer)
     reading = Reading(model, texts, tokenizer, source=source, context=context, tokens=tokens)
     paths = unit_sites(reading, layer)
-    moments, tops, positive = {p: Moments() for p in paths}, {p: _Top(top, by) for p in paths}, dict.fromkeys(paths, torch.zeros(()))
-    windows: list[Window] = []
-
-    def look(path: str, x: Tensor, batch: Batch) -> None:
-        if path == first:
-            windows.extend(batch.windows)
-        if wanted is not None:
-            if int(wanted.max()) >= x.shape[-1]:
-                raise SiteError(f"Unit {int(wanted.max())} was asked for, but layer {layer} has {x.shape[-1]} units, 0 to {x.shape[-1] - 1}.")
-            x = x[..., wanted.to(x.device)]
-        counted = batch.real.clone()
-        counted[:, :skip] = False
-        if not counted.any():
-            return
-        values = x[counted].float().cpu()
-        rows, places = counted.nonzero(as_tuple=True)
-        moments[path].add(values)
-        positive[path] = positive[path] + (values > 0).sum(0)
-        tops[path].add(values, rows.cpu() + batch.number, places.cpu())
-
-    first = next(iter(paths))
-    reading.run(list(paths), look)
-    if not moments[first].n:
+    seen = _Survey(paths, wanted, top, by, skip)
+    reading.run(list(paths), seen.look)
+    if not seen.counted:
         raise InputError(f"skip={skip} leaves no token of the windows, which have {reading.context} tokens at most: skip fewer.")
-    peaked = [(float(k), p, i) for p in paths for i, k in enumerate(moments[p].kurtosis())]
-    chosen = peaked if wanted is not None else sorted(peaked, key=lambda c: (-c[0], c[1], c[2]))[:count]
-    made = []
-    for _, path, i in chosen:
-        unit = i if wanted is None else int(wanted[i])
-        places = [(windows[int(r)], int(t), float(v)) for v, r, t in zip(tops[path].values[i], tops[path].rows[i], tops[path].places[i], strict=True)]
-        made.append((paths[path], unit, path, i, places))
-    around_them = _around(reading, [(path, unit, places) for _, unit, path, _, places in made], around)
-    among = torch.tensor(sorted({i for w in windows for i in w.ids}))
-    result = []
-    for (number, unit, path, i, _), contexts in zip(made, around_them, strict=True):
-        m = moments[path]
-        raises, lowers, reads, values_read = _words(reading.stack, reading.subject, number, unit, words, among)
-        result.append(
-            Neuron(
-                number, unit, reading.short(path), float(positive[path][i]) / m.n, float(m.mean[i]), float(m.deviation()[i]), float(m.smallest[i]),
-                float(m.largest[i]), float(m.kurtosis()[i]), m.n, contexts, raises, lowers, reads, values_read,
-            )
-        )  # fmt: skip
+    picked = seen.picked(count)
+    contexts = _around(reading, [(p.path, p.unit, p.places) for p in picked], around)
+    among = torch.tensor(sorted({i for w in seen.windows for i in w.ids}))
+    made = tuple(seen.neuron(reading, p, c, _words(reading.subject, p.layer, p.unit, words, among)) for p, c in zip(picked, contexts, strict=True))
     how = "as asked for" if wanted is not None else "of the largest kurtosis"
-    return Neurons(tuple(result), len(peaked), how)
+    return Neurons(made, sum(len(k) for k in seen.kurtosis.values()), how, by)
+
+
+@dataclass(frozen=True, eq=False)
+class _Picked:
+    """A unit that is shown: where it is, its column among those that were gathered, and the places of its values furthest out."""
+
+    layer: int
+    unit: int
+    path: str
+    column: int
+    by: str
+    places: list[tuple[Window, int, float]]
+
+
+class _Survey:
+    """Statistics of the units at some sites (``paths``: layer by path; ``wanted``: some of one layer) and where their top values stand, batch by batch."""
+
+    def __init__(self, paths: dict[str, int], wanted: Tensor | None, top: int, by: str, skip: int):
+        self.paths, self.wanted, self.by, self.skip = paths, wanted, by, skip
+        self.windows: list[Window] = []
+        self.moments = {p: Moments() for p in paths}
+        self.positive = dict.fromkeys(paths, torch.zeros(()))
+        ends = ("largest", "smallest") if by == "extreme" else (by,)  # which end lies further out is known when all has been read
+        self.tops = {p: {end: _Top(top, end) for end in ends} for p in paths}
+
+    @property
+    def counted(self) -> int:
+        """Tokens that count."""
+        return next(iter(self.moments.values())).n
+
+    def look(self, path: str, x: Tensor, batch: Batch) -> None:
+        """Take a batch's values [b t f] at one site."""
+        if path == next(iter(self.paths)):
+            self.windows.extend(batch.windows)
+        if self.wanted is not None:
+            if int(self.wanted.max()) >= x.shape[-1]:
+                raise SiteError(f"Unit {int(self.wanted.max())} was asked for, but layer {self.paths[path]} has {x.shape[-1]} units, 0 to {x.shape[-1] - 1}.")
+            x = x[..., self.wanted.to(x.device)]
+        counts = batch.real.clone()
+        counts[:, : self.skip] = False
+        if not counts.any():
+            return
+        values = x[counts].float().cpu()
+        rows, places = (i.cpu() for i in counts.nonzero(as_tuple=True))
+        self.moments[path].add(values)
+        self.positive[path] = self.positive[path] + (values > 0).sum(0)
+        for kept in self.tops[path].values():
+            kept.add(values, rows + batch.number, places)
+
+    @cached_property
+    def kurtosis(self) -> dict[str, Tensor]:
+        """[f] by path."""
+        return {p: m.kurtosis() for p, m in self.moments.items()}
+
+    def picked(self, count: int) -> list[_Picked]:
+        """The units that were asked for, or the ``count`` of largest kurtosis."""
+        every = [(float(k), path, i) for path in self.paths for i, k in enumerate(self.kurtosis[path])]
+        chosen = every if self.wanted is not None else sorted(every, key=lambda c: (-c[0], c[1], c[2]))[:count]
+        return [self._picked(path, i) for _, path, i in chosen]
+
+    def _picked(self, path: str, column: int) -> _Picked:
+        by, m = self.by, self.moments[path]
+        if by == "extreme":
+            above = side_of(*(float(x[column]) for x in (m.mean, m.smallest, m.largest))) == "above"
+            by = "largest" if above else "smallest"
+        top = self.tops[path][by]
+        each = zip(top.rows[column].tolist(), top.places[column].tolist(), top.values[column].tolist(), strict=True)
+        unit = column if self.wanted is None else int(self.wanted[column])
+        return _Picked(self.paths[path], unit, path, column, by, [(self.windows[row], place, value) for row, place, value in each])
+
+    def neuron(self, reading: Reading, p: _Picked, contexts: tuple[Context, ...], words: Sequence[Words | None]) -> Neuron:
+        """A unit with its statistics."""
+        m, i = self.moments[p.path], p.column
+        raises, lowers, reads, values_read = words
+        return Neuron(
+            layer=p.layer,
+            unit=p.unit,
+            site=reading.short(p.path),
+            positive=float(self.positive[p.path][i]) / m.n,
+            mean=float(m.mean[i]),
+            deviation=float(m.deviation()[i]),
+            smallest=float(m.smallest[i]),
+            largest=float(m.largest[i]),
+            kurtosis=float(self.kurtosis[p.path][i]),
+            tokens=m.n,
+            contexts=contexts,
+            by=p.by,
+            raises=raises,
+            lowers=lowers,
+            reads=reads,
+            values_read=values_read,
+        )
 
 
 def _chosen(units: Any, layer: int | None) -> Tensor:
@@ -343,8 +352,9 @@ def _around(reading: Reading, wanted: list[tuple[str, int, list[tuple[Window, in
     return found
 
 
-def _words(stack: Any, subject: Any, layer: int, unit: int, k: int, among: Tensor) -> tuple[Words | None, Words | None, Words | None, Words | None]:
+def _words(subject: Any, layer: int, unit: int, k: int, among: Tensor) -> tuple[Words | None, Words | None, Words | None, Words | None]:
     """What the unit raises, lowers, reads by its (gate's) row, and by the row that the gate multiplies."""
+    stack = subject.stack
     if not k or not isinstance(stack, TransformerModel):
         return None, None, None, None
     ffn = feedforward_layer(stack, layer)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from glassformer.core import sites
 from glassformer.core.cache import NO_CACHE, Cache, Clock, Dense, Growing, Once, Ring, Slot
+from glassformer.core.eager import eagerly
 from glassformer.core.errors import CacheError, InputError, SpecError
 from glassformer.core.fields import described, typed
 from glassformer.core.flow import Ledger, Pass
@@ -342,7 +343,7 @@ class TransformerModel(Anatomy, nn.Module):
         made = {} if cache is not None else {f"bias:model:{NO_CACHE.layout}": self.position.bias(index, index)}
         return {"position": self.position, **made}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @eagerly
     def _run_eagerly(self, *inputs: Any) -> tuple[Tensor, Pass]:
         return self._run(*inputs)
 

@@ -180,8 +180,14 @@ class _Attention(nn.Module):
             pattern = p.see(sites.PATTERN, kernels.pattern_of(p.see(sites.SCORES, kernels.scores_of(q, k, rule)), rule))
             z = kernels.mix(F.dropout(pattern, dropout) if dropout else pattern, v)
         else:
-            p.offer(sites.SCORES, lambda heads: kernels.scores_of(q, k, rule, heads))
-            p.offer(sites.PATTERN, lambda heads: kernels.pattern_of(kernels.scores_of(q, k, rule, heads), rule, heads))
+            made: dict[tuple[int, ...] | None, Tensor] = {}  # scores that somebody keeps: the pattern is made from those
+
+            def scores(heads: tuple[int, ...] | None) -> Tensor:
+                made[heads] = made[heads] if heads in made else kernels.scores_of(q, k, rule, heads)
+                return made[heads]
+
+            p.offer(sites.SCORES, scores)
+            p.offer(sites.PATTERN, lambda heads: kernels.pattern_of(made[heads] if heads in made else kernels.scores_of(q, k, rule, heads), rule, heads))
             z = (kernels.fused if kernels.has_fused(rule, q.device, dropout) else kernels.explicit)(q, k, v, rule, dropout)
         z = z.transpose(1, 2)
         z = p.see(sites.Z, z if lift is None else lift(z))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glassformer.core import sites
+from glassformer.core.eager import eagerly
 from glassformer.core.errors import SpecError
 from glassformer.core.flow import Pass
 from glassformer.core.numerics import wide
@@ -93,7 +94,7 @@ class ExpertsLayer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(wide(x), wide(self.router.weight), bias)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @eagerly
     def route(self, x: Tensor, chosen: Tensor, weights: Tensor, p: Pass) -> Tensor:
         """Each expert reads the tokens that chose it; their outputs are added up by weight.
 

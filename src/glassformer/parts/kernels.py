@@ -61,10 +61,18 @@ class NormaliserLayer(nn.Module):
     def forward(self, scores: Float[Tensor, "b h t s"], heads: Tensor | None = None) -> Float[Tensor, "b h t s"]:
         sink = self.sink()
         if sink is None:
-            return torch.softmax(scores, -1).masked_fill(scores.amax(-1, keepdim=True) == -math.inf, 0.0)
+            pattern = torch.softmax(scores, -1)
+            if _may_look(scores) and not pattern[..., :1].isnan().any():
+                return pattern  # a row with no visible key is 0 / 0 throughout: here there is none, and two passes over all numbers are saved
+            return pattern.masked_fill(scores.amax(-1, keepdim=True) == -math.inf, 0.0)
         sink = sink.to(scores) if heads is None else sink.to(scores)[heads]
         sink = sink[:, None, None].expand(*scores.shape[:-1], 1)
         return torch.softmax(torch.cat([scores, sink], -1), -1)[..., :-1]
+
+
+def _may_look(x: Tensor) -> bool:
+    # A program may branch on a value where that costs no wait, and where there is a value: not in a graph, not under vmap.
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
 @part
@@ -162,13 +170,17 @@ def scores_of(q: Float[Tensor, "b h t k"], k: Float[Tensor, "b g s k"], rule: Ru
         q = q[:, chosen]
     if heads is not None or group > 1:
         k = k[:, [h // group for h in chosen]]
-    scores = (q @ k.transpose(-1, -2)) * rule.scale
+    scores = q @ k.transpose(-1, -2)
+    free = not scores.requires_grad  # nobody else holds it: what follows may write over it
+    scores = scores.mul_(rule.scale) if free else scores * rule.scale
     if rule.cap is not None:
         scores = rule.cap * torch.tanh(scores / rule.cap)
     if rule.bias is not None:
         scores = scores + (rule.bias if heads is None or rule.bias.shape[1] == 1 else rule.bias[:, chosen]).to(scores.dtype)
     visible = rule.mask.tensor(q.shape[2], k.shape[2], q.device)
-    return scores if visible is None else scores.masked_fill(~visible, -math.inf)
+    if visible is None:
+        return scores
+    return scores.masked_fill_(~visible, -math.inf) if free else scores.masked_fill(~visible, -math.inf)
 
 
 def pattern_of(scores: Float[Tensor, "b h t s"], rule: Rule, heads: tuple[int, ...] | None = None) -> Float[Tensor, "b h t s"]:

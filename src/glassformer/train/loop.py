@@ -100,7 +100,8 @@ class Trainer:
     ``steps`` or ``seconds`` (of wall clock, all included) is the budget; with seconds the schedule follows the clock.
     ``batch`` rows of ``context`` tokens make a micro-batch, ``accumulate`` of them a step; gradients are
     those of the mean over all predictions of the step, whatever the split. ``documents=True`` keeps attention and
-    prediction within documents. ``clip``: largest gradient norm, None for no clipping. ``dtype``: ``"fp32"``, ``"bf16"``
+    prediction within documents. ``repeats``: the share of rows that say a passage twice (:class:`~glassformer.train.loader.Loader`).
+    ``clip``: largest gradient norm, None for no clipping. ``dtype``: ``"fp32"``, ``"bf16"``
     (autocast; parameters stay float32) or ``"auto"``. ``compile``: True, False, or ``"auto"``: after a few steps, if
     the rest of the run is long enough to earn it back. ``seed``: of the order
     of the data and, at the first step, of the global generators (dropout). ``folder``: where the run is kept (None: nowhere).
@@ -128,6 +129,7 @@ class Trainer:
         context: int = 256,
         accumulate: int = 1,
         documents: bool = False,
+        repeats: float = 0.0,
         clip: float | None = 1.0,
         dtype: str = "auto",
         compile: bool | str = "auto",
@@ -173,7 +175,7 @@ class Trainer:
             schedule.check(steps)
         self.model, self.task, self.optimizer, self.schedule = model, task, optimizer, schedule
         self.steps, self.seconds, self.accumulate, self.clip = steps, seconds, accumulate, clip
-        self.batch, self.context, self.documents, self.seed = batch, context, documents, seed
+        self.batch, self.context, self.documents, self.repeats, self.seed = batch, context, documents, repeats, seed
         self.validation, self.evaluate_every, self.evaluate_windows = validation, evaluate_every, evaluate_windows
         self.sample, self.sample_every, self.save_every = sample, sample_every, save_every
         self.device = next(model.parameters()).device
@@ -183,7 +185,7 @@ class Trainer:
         self.last: Step | None = None
         self.tokenizer = tokenizer if tokenizer is not None else getattr(data, "tokenizer", None)
         self.data, self._tensorboard, self._progress_shown = data, tensorboard, progress
-        self._loader: Source = Loader(data, batch, context, seed=seed, documents=documents) if isinstance(data, TokenData) else data
+        self._loader: Source = Loader(data, batch, context, seed=seed, documents=documents, repeats=repeats) if isinstance(data, TokenData) else data
         self._autocast = autocast_dtype(dtype, model, self.device)
         self._optimisers = optimizer.build(model)
         self.tap, self._seen = tap, {} if tap is None else {"tap": tap}
@@ -484,6 +486,7 @@ class Trainer:
             "context": self.context,
             "accumulate": self.accumulate,
             "documents": self.documents,
+            "repeats": self.repeats or None,  # None as in runs from before it was there
             "clip": self.clip,
             "dtype": self.dtype,
             "compile": self._compiler.wanted,

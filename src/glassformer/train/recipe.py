@@ -111,6 +111,7 @@ class Recipe(Spec):
     context: int = 128
     accumulate: int = 1
     documents: bool = False
+    repeats: float = 0.0
     validation: float = 0.1
     clip: float | None = 1.0
     dtype: str = "auto"
@@ -168,6 +169,7 @@ class Recipe(Spec):
             context=self.context,
             accumulate=self.accumulate,
             documents=self.documents,
+            repeats=self.repeats,
             clip=self.clip,
             dtype=self.dtype,
             compile=self.compile,

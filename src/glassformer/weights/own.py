@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
-ORIGIN = ("config", "generation")
+ORIGIN = ("config", "generation", "training")
+RUN = "run.json"
 
 
 class Loaded(NamedTuple):
@@ -135,6 +136,8 @@ def load(folder: str | os.PathLike[str], device: str | torch.device | None = Non
         tokenizer = Tokenizer.load(path / "tokenizer.json")
         _check_tokenizer(tokenizer, about.get("tokenizer"), path)
     extra = about.get("extra", {})
+    if training := _training(path):  # the newest run says it, whatever the model that it began with has brought along
+        extra = {**extra, "training": training}
     model.origin = origin(extra)
     return Loaded(model.eval(), tokenizer, extra)
 
@@ -142,6 +145,18 @@ def load(folder: str | os.PathLike[str], device: str | torch.device | None = Non
 def origin(extra: Mapping[str, Any]) -> dict[str, Any]:
     """What of a checkpoint's extra data belongs to the model wherever it goes."""
     return {k: dict(extra[k]) for k in ORIGIN if isinstance(extra.get(k), Mapping) and extra[k]}
+
+
+def _training(path: Path) -> dict[str, int]:
+    """How a run made the model in its folder, or in one of its checkpoints: ``context``, the tokens of a window. Empty if no run is there, or says none."""
+    for folder in (path, path.parent.parent):
+        try:
+            settings = json.loads((folder / RUN).read_text(encoding="utf-8"))["settings"]
+            if settings["data"] is not None and type(settings["context"]) is int:  # a run on batches of one's own has no windows
+                return {"context": settings["context"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {}
 
 
 def spec_of(path: Path) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import typer
 
+from ...core.errors import InputError, did_you_mean
 from . import (
     ablate,
     activations,
@@ -45,8 +46,22 @@ class _PageByDefault(typer.core.TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            if _is_word(args[0]) and not any(_names_model(a) or a in ("-h", "--help") for a in args):
+                raise InputError(
+                    f"{args[0]!r} is no command of look, and a text needs a model: glassformer look TEXT --model RUN, or one of {', '.join(self.commands)}."
+                    + did_you_mean(args[0], self.commands)
+                )
             args = [self.default, *args]
         return super().parse_args(ctx, args)
+
+
+def _is_word(text: str) -> bool:
+    """Whether it may have been meant as a command."""
+    return text.replace("-", "").replace("_", "").isalnum() and not text.startswith("-")
+
+
+def _names_model(option: str) -> bool:
+    return option.startswith(("--model", "-m"))
 
 
 app = typer.Typer(

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from .common import Device, Dtype, Model, Out, Position, Rows, Source, Target, open_loaded, position_of, show, target_of
+from .common import Device, Dtype, Edits, Model, Out, Position, Rows, Source, Target, show
+from .intervening import Memory, Seed, asked_of
 
 
 def ablate(
@@ -25,10 +26,12 @@ def ablate(
     reference: Annotated[
         list[str] | None, typer.Option("--reference", metavar="TEXT", help="A text to take means or samples from. Repeatable; by default the text itself.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the samples.")] = 0,
+    seed: Seed = 0,
     target: Target = None,
     position: Position = None,
     source: Source = None,
+    memory: Memory = None,
+    edits: Edits = None,
     out: Out = None,
     rows: Rows = 40,
     dtype: Dtype = None,
@@ -37,9 +40,6 @@ def ablate(
     """Take heads, units, layers or positions away and print what the prediction loses."""
     from ...look import ablation
 
-    loaded = open_loaded(model, device, dtype)
-    at, asked = position_of(position), target_of(target)
-    if what:
-        show(ablation.ablate(loaded, text, list(what), how=how, target=asked, position=at, reference=reference, seed=seed, source=source), out, rows)
-    else:
-        show(ablation.ablate_heads(loaded, text, how=how, target=asked, position=at, reference=reference, seed=seed, source=source), out, rows)
+    loaded, asked = asked_of(model, device, dtype, target, position, source, edits, memory)
+    taken = {"how": how, "reference": reference, "seed": seed} | asked
+    show(ablation.ablate(loaded, text, list(what), **taken) if what else ablation.ablate_heads(loaded, text, **taken), out, rows)

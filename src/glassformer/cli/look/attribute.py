@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ...core.errors import InputError
-from .common import Device, Dtype, Model, Out, Position, Rows, Source, Target, open_loaded, position_of, show, target_of
+from .common import Device, Dtype, Edits, Model, Out, Position, Rows, Source, Target, edits_of, open_loaded, position_of, show, target_of
 
 WAYS = ("head", "layer", "neuron", "source", "gradient", "integrated", "rollout")
 
@@ -27,6 +27,7 @@ def attribute(
     baseline: Annotated[str, typer.Option("--baseline", metavar="zero|mean|ID", help="Where integrated gradients begin.")] = "zero",
     top: Annotated[int, typer.Option("--top", min=1, help="Units of each layer that are named (--by neuron).")] = 10,
     source: Source = None,
+    edits: Edits = None,
     out: Out = None,
     rows: Rows = 40,
     dtype: Dtype = None,
@@ -44,15 +45,17 @@ def attribute(
         raise InputError("--by rollout follows attention weights and knows no target: leave --target out, or choose another --by.")
     if baseline != "zero" and by != "integrated":
         raise InputError(f"--baseline {baseline} is where integrated gradients begin: use it with --by integrated.")
+    if edits is not None and by in ("gradient", "integrated", "rollout"):
+        raise InputError(f"--by {by} asks the model in a way of its own, where edits are not seen: use --edits with --by head, layer, neuron or source.")
     loaded, at, asked = open_loaded(model, device, dtype), position_of(position), target_of(target)
     found: Result
     if by == "gradient":
-        found = gradient_x_input(loaded, text, asked, positions=at, source=source)
+        found = gradient_x_input(loaded, text, asked, position=at, source=source)
     elif by == "integrated":
         start = int(baseline) if baseline.isascii() and baseline.isdigit() else baseline
-        found = integrated_gradients(loaded, text, asked, baseline=start, positions=at, source=source)
+        found = integrated_gradients(loaded, text, asked, baseline=start, position=at, source=source)
     elif by == "rollout":
-        found = attention_rollout(loaded, text, positions=at, source=source)
+        found = attention_rollout(loaded, text, position=at, source=source)
     else:
-        found = direct_logit_attribution(loaded, text, target=asked, positions=at, by=by, top=top, source=source)
+        found = direct_logit_attribution(loaded, text, target=asked, positions=at, by=by, top=top, source=source, tap=edits_of(edits, loaded.model))
     show(found, out, rows)

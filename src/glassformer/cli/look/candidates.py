@@ -26,4 +26,4 @@ def candidates(
     from ...look.next_tokens import candidates as ask
 
     loaded = open_loaded(model, device, dtype)
-    show(ask(loaded, text, k, temperature=temperature, positions=position_of(position), source=source, tap=edits_of(edits, loaded)), out, max(rows, k))
+    show(ask(loaded, text, k, temperature=temperature, position=position_of(position), source=source, tap=edits_of(edits, loaded)), out, max(rows, k))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ...look.result import Result
     from ...weights.own import Loaded
 
+Looked = Annotated[str, typer.Argument(help="The text to look at.")]
 Model = Annotated[
     str, typer.Option("--model", "-m", metavar="MODEL", help="A trained model: its folder (ours, or from the hub), a .gguf file, or hf://owner/name.")
 ]

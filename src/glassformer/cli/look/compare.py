@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Device, Dtype, Model, Out, Position, Rows, Source, Target, open_loaded, position_of, show, target_of
+from .common import Device, Dtype, Edits, Model, Out, Position, Rows, Source, Target, edits_of, open_loaded, position_of, show, target_of
 
 
 def compare(
@@ -22,10 +22,21 @@ def compare(
     rows: Rows = 40,
     dtype: Dtype = None,
     device: Device = None,
+    edits: Edits = None,
 ) -> None:
     """Compare the outputs after two texts: ranks and probabilities, where in the layers they part, and which heads carry the change."""
     from ...look.comparison import compare as ask
 
     loaded = open_loaded(model, device, dtype)
-    found = ask(loaded, text, other, k, target=target_of(target), positions=position_of(position), source=source, other_source=other_source)
+    found = ask(
+        loaded,
+        text,
+        other,
+        k,
+        target=target_of(target),
+        position=position_of(position),
+        source=source,
+        other_source=other_source,
+        tap=edits_of(edits, loaded),
+    )
     show(found, out, rows)

@@ -17,8 +17,11 @@ def heads(
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rows of random tokens that are repeated.")] = 8,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the text that are read.")] = 4096,
     context: Annotated[int | None, typer.Option("--context", min=2, help="Tokens of a window that the text is cut into.")] = None,
-    threshold: Annotated[float, typer.Option("--threshold", help="With --role: share of the way from an even head to all weight on the target.")] = 0.5,
-    role: Annotated[str | None, typer.Option("--role", help="Also print the heads that hold this role, the highest score first.")] = None,
+    role: Annotated[str | None, typer.Option("--role", help="Only the heads that hold this role, the highest score first.")] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option("--threshold", help="With --role: from which share of the way from an even head to all weight on the target; 0.5 (uniform: 0.9)."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the random tokens.")] = 0,
     source: Source = None,
     out: Out = None,
@@ -27,18 +30,19 @@ def heads(
     device: Device = None,
 ) -> None:
     """Score every head for the roles previous, first, local, same token, duplicate, induction and others, each beside what an even head would get."""
-    from ...look.roles import ROLES, head_roles
+    from ...core.errors import InputError
+    from ...look.roles import ROLES, check_threshold, head_roles
     from ...look.subject import choose
 
     if role is not None:
         choose(role, ROLES, "role")
+    if threshold is not None:
+        check_threshold(threshold)
+        if role is None:
+            raise InputError(f"--threshold {threshold:g} says from where on a head holds a role, but no role was asked for: add --role.")
     read = text_or_file(text) if text is not None else None
     found = head_roles(open_loaded(model, device, dtype), read, source=source, repeats=repeats, tokens=tokens, context=context, seed=seed)
-    if role is not None:
-        found.roles(threshold)
-    show(found, out, rows)
-    if role is not None:
-        print(f"{role}, at {threshold:g} or more: {', '.join(found.holding(role, threshold)) or 'no head'}")
+    show(found if role is None else found.only(role, threshold), out, rows)
 
 
 def text_or_file(given: str) -> str | Path:

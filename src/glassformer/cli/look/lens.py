@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...core.errors import InputError, WeightsError
-from .common import Device, Dtype, Edits, Model, Out, Position, Rows, Source, Target, edits_of, open_loaded, position_of, show, target_of
+from .common import Device, Dtype, Edits, Looked, Model, Out, Position, Rows, Source, Target, edits_of, open_loaded, position_of, show, target_of
 
 if TYPE_CHECKING:
     from ...look.tuned import TunedLens
 
 
 def lens(
-    text: Annotated[str, typer.Argument(help="The text to look at.")],
+    text: Looked,
     model: Model,
     of: Annotated[
         str, typer.Option("--of", help="What is read: resid_post, resid_mid (streams), attn, cross or ffn (what a sublayer adds alone).")

@@ -17,7 +17,9 @@ def neurons(
     unit: Annotated[list[int] | None, typer.Option("--unit", "-u", help="A unit of that layer; repeatable. By default the most peaked ones.")] = None,
     top: Annotated[int, typer.Option("--top", help="Contexts for each unit.")] = 10,
     count: Annotated[int, typer.Option("--count", help="How many units are shown where none is named.")] = 8,
-    by: Annotated[str, typer.Option("--by", help="Contexts where the unit is: largest, smallest, or absolute (far from zero on either side).")] = "largest",
+    by: Annotated[
+        str, typer.Option("--by", help="Contexts where the unit is: largest, smallest, absolute (far from zero), or extreme (the end further from its mean).")
+    ] = "extreme",
     skip: Annotated[int, typer.Option("--skip", help="Tokens at the beginning of every window that do not count.")] = 0,
     tokens: Annotated[int, typer.Option("--tokens", help="Read at most so many tokens of the file.")] = 200_000,
     context: Annotated[int | None, typer.Option("--context", help="Tokens of a window; by default 256, or what the model has positions for.")] = None,

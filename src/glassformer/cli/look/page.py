@@ -7,22 +7,20 @@ from typing import Annotated
 
 import typer
 
-from .common import Edits, edits_of
+from .common import Device, Dtype, Edits, Looked, Model, edits_of
 
 
 def page(
-    text: Annotated[str, typer.Argument(help="The text to look at.")],
-    model: Annotated[
-        str, typer.Option("--model", "-m", metavar="MODEL", help="A trained model: its folder (ours, or from the hub), a .gguf file, or hf://owner/name.")
-    ],
+    text: Looked,
+    model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The HTML page to write.")] = Path("look.html"),
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, ...; by default the file's (float16 becomes float32 on a CPU).")] = None,
+    dtype: Dtype = None,
     packed: Annotated[bool, typer.Option("--packed", help="Keep the quantised matrices of a .gguf file packed in memory.")] = False,
-    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps; by default the best there is.")] = None,
+    device: Device = None,
     edits: Edits = None,
 ) -> None:
     """Run a text through a model and write one self-contained HTML page: tokens, attention, predictions."""
-    from ...look.page import write_page
+    from ...look.pages import write_page
     from ..models import open_model, tokenizer_of
 
     loaded = open_model(model, device, dtype, packed)

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Device, Dtype, Model, Out, Position, Rows, Source, Target, open_loaded, position_of, show, target_of
+from .common import Device, Dtype, Edits, Model, Out, Position, Rows, Source, Target, show
+from .intervening import Memory, asked_of
 
 
 def patch(
@@ -17,13 +18,16 @@ def patch(
     by: Annotated[
         str | None, typer.Option("--by", help="Along which axes, of layer, position and head, joined by commas: layer,head. By default what suits the site.")
     ] = None,
-    metric: Annotated[str, typer.Option("--metric", help="What is measured: logit_diff, logit, prob, logprob or kl.")] = "logit_diff",
+    metric: Annotated[
+        str, typer.Option("--metric", help="What is measured: logit_diff (of two targets; of one, its logit), logit, prob, logprob or kl (bits).")
+    ] = "logit_diff",
     noise: Annotated[bool, typer.Option("--noise", help="Put corrupted values into the clean run, in place of clean ones into the corrupted.")] = False,
     estimate: Annotated[bool, typer.Option("--estimate", help="Estimate by one gradient (attribution patching), and compare with the exact sweep.")] = False,
     target: Target = None,
     position: Position = None,
     source: Source = None,
-    memory: Annotated[int | None, typer.Option("--memory", min=1, metavar="MB", help="Megabytes that a batch of the sweep may hold.")] = None,
+    memory: Memory = None,
+    edits: Edits = None,
     out: Out = None,
     rows: Rows = 40,
     dtype: Dtype = None,
@@ -32,16 +36,8 @@ def patch(
     """Put one value of the clean run into the corrupted one, for every place in turn, and measure how much of the clean answer comes back."""
     from ...look.patching import activation_patch, attribution_patch
 
-    loaded = open_loaded(model, device, dtype)
-    options: dict[str, Any] = {
-        "by": by,
-        "metric": metric,
-        "direction": "noise" if noise else "denoise",
-        "target": target_of(target),
-        "position": position_of(position),
-        "source": source,
-        "memory": None if memory is None else memory * 10**6,
-    }
+    loaded, asked = asked_of(model, device, dtype, target, position, source, edits, memory)
+    options: dict[str, Any] = {"by": by, "metric": metric, "direction": "noise" if noise else "denoise"} | asked
     result = (
         attribution_patch(loaded, clean, corrupted, site, exact=True, **options) if estimate else activation_patch(loaded, clean, corrupted, site, **options)
     )

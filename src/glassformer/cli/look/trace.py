@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from .common import Device, Dtype, Model, Out, Position, Rows, Source, Target, open_loaded, position_of, show, target_of
+from .common import Device, Dtype, Edits, Model, Out, Position, Rows, Source, Target, position_of, show
+from .intervening import Memory, Seed, asked_of
 
 
 def trace(
@@ -16,10 +17,12 @@ def trace(
     noise: Annotated[float, typer.Option("--noise", help="Strength, times the standard deviation of the embeddings.")] = 3.0,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Noise samples to take the mean of.")] = 10,
     window: Annotated[int, typer.Option("--window", min=1, help="Layers of attention and feed-forward restored together.")] = 1,
-    seed: Annotated[int, typer.Option("--seed", help="Of the noise.")] = 0,
+    seed: Seed = 0,
     target: Target = None,
     position: Position = None,
     source: Source = None,
+    memory: Memory = None,
+    edits: Edits = None,
     out: Out = None,
     rows: Rows = 40,
     dtype: Dtype = None,
@@ -28,11 +31,5 @@ def trace(
     """Put noise on a subject's embeddings, restore one state at a time, and print how much of the answer's probability comes back."""
     from ...look.tracing import causal_trace
 
-    loaded = open_loaded(model, device, dtype)
-    asked = target_of(target)
-    where = position_of(subject)
-    show(
-        causal_trace(loaded, text, where, target=asked, noise=noise, samples=samples, window=window, seed=seed, position=position_of(position), source=source),
-        out,
-        rows,
-    )
+    loaded, asked = asked_of(model, device, dtype, target, position, source, edits, memory)
+    show(causal_trace(loaded, text, position_of(subject), noise=noise, samples=samples, window=window, seed=seed, **asked), out, rows)

@@ -32,6 +32,7 @@ from glassformer.models import Encoder, Transformer
 from glassformer.parts.readout import LanguageModel
 
 from .shown import shown
+from .subject import note_length
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -139,6 +140,7 @@ def gather(model: Any, tokenizer: Any, text: str, *, name: str | None = None, to
             f"The tokenizer gave token id {max(ids)}, but the model's vocabulary ends at {card.vocab_size - 1}: "
             "use the tokenizer that was saved with this model."
         )
+    note_length(model, len(ids))
     record, logits = _run(model, ids, tap)
     layers = range(card.layers)
     pre = [_rows(record[f"blocks.{i}.resid_pre"]) for i in layers]

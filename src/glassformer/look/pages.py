@@ -1,4 +1,4 @@
-"""One self-contained HTML page from one :class:`~glassformer.look.gather.Inside`.
+"""One self-contained HTML page from one :class:`~glassformer.look.inside.Inside`.
 
     page.html   the words and the places      {{style}} {{script}} {{data}} …
     page.css    the looks
@@ -30,7 +30,7 @@ from glassformer.core.fields import described, typed
 from glassformer.core.files import replace, trouble
 from glassformer.core.tap import Tap
 
-from .gather import HEAD_FIGURES, Bools, Floats, Inside, gather
+from .inside import HEAD_FIGURES, Bools, Floats, Inside, gather
 from .shown import shown
 
 MOST_BYTES = 96 * 2**20
