@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from glassformer.core.errors import GlassformerWarning, InputError, SiteError
 from glassformer.core.fields import described
 from glassformer.core.modes import evaluating
-from glassformer.core.tap import Record, Tap
+from glassformer.core.tap import Pattern, Record, Tap
 from glassformer.infer.session import position_limit
 from glassformer.models.encoder_decoder import EncoderDecoderModel
 from glassformer.text import Tokenizer
@@ -127,6 +127,9 @@ class Subject:
 
     def has(self, site: str) -> bool:
         """Whether a site (or pattern) exists in :attr:`stack`."""
+        if not hasattr(self.model, "check"):  # asked often: without looking for the nearest names on each miss
+            pattern = Pattern.read(self.prefix + site)
+            return any(pattern.may_meet(s.path) for s in self.model.sites())
         try:
             self.path(site)
         except SiteError:

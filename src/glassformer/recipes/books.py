@@ -13,17 +13,17 @@ from glassformer import AdamW, Attention, Block, Cosine, Decoder, Gated, Muon, R
 
 def recipe() -> Recipe:
     norm = RMSNorm()
-    block = Block(attention=Attention(n_heads=6, position=Rotary(), qk_norm=norm), feedforward=Gated(d_ff=512), norm=norm)
+    block = Block(attention=Attention(n_heads=6, position=Rotary(fraction=0.5), qk_norm=norm), feedforward=Gated(d_ff=512), norm=norm)
     return Recipe(
         model=Decoder(vocab_size=2_048, d_model=192, blocks=(block,) * 4, final_norm=norm),
         data="tinyshakespeare",  # so that it runs as it is; --data gives it more
         tokenizer=TrainTokenizer("bpe", vocab_size=2_048),
         optimizer=Muon(lr=1e-2, rest=AdamW(lr=3e-3)),
         schedule=Cosine(),
-        seconds=1_800,
+        seconds=2_160,
         batch=8,
         context=256,
-        repeats=0.25,  # novels seldom say a thing twice: without it no head had learnt to look back for one after 20 million tokens (docs/look/heads.md)
+        repeats=0.75,  # novels seldom say a thing twice: without it no head had learnt to look back for one after 20 million tokens (docs/look/heads.md)
         validation=0.02,
         evaluate_windows=100,
         sample="The old man looked at",
