@@ -64,7 +64,7 @@ class Moments:
 @dataclass(frozen=True, eq=False)
 class SiteMoments:
     """One site, its features in one row [f] (heads one after another), float64. ``variance``: of the population; ``skew``, ``kurtosis``:
-    ``M3 / sd^3``, ``M4 / sd^4 - 3`` (0 for a normal distribution). ``norm``: mean length of the vectors. ``norm_by_position``: [t].
+    ``M3 / sd^3``, ``M4 / sd^4`` (3 for a normal distribution). ``norm``: mean length of the vectors. ``norm_by_position``: [t].
 
     ``outliers``: features whose ``|mean|``, or whose standard deviation, is above 6 times the median of it over the features. ``large``: [f]
     the share of tokens at which a feature is 6 or more in size (the threshold of arXiv 2208.07339).
@@ -108,7 +108,7 @@ class SiteStatistics(Result):
                 float(s.mean.abs().mean()),
                 float(s.variance.mean().sqrt()),
                 float(s.kurtosis.nanmedian()),
-                float(s.kurtosis.nan_to_num(-3.0).max()),
+                float(s.kurtosis.nan_to_num(0.0).max()),
                 ", ".join(map(str, s.outliers[:8])) + (" …" if len(s.outliers) > 8 else ""),
             )
             for s in self.sites
@@ -117,7 +117,7 @@ class SiteStatistics(Result):
             columns,
             rows,
             "Outliers: features whose |mean| or standard deviation is above 6 times its median over the features. |mean| and sd: over all features; "
-            "kurtosis: the median and the largest feature's, 0 is normal.",
+            "kurtosis: the median and the largest feature's, 3 is normal.",
         )
 
     def draw(self, figure: Figure, theme: Theme) -> None:
@@ -236,7 +236,7 @@ def _finished(sums: dict[str, _Sums]) -> SiteStatistics:
         norms = s.norms / s.count.clamp(min=1)
         made.append(
             SiteMoments(
-                site, m.n, m.mean, variance, m.m3 / m.n / sd**3, m.m4 / m.n / variance**2 - 3, float(s.norms.sum() / m.n), norms, tuple(outliers), s.large / m.n
+                site, m.n, m.mean, variance, m.m3 / m.n / sd**3, m.m4 / m.n / variance**2, float(s.norms.sum() / m.n), norms, tuple(outliers), s.large / m.n
             )
         )
     return SiteStatistics(tuple(made))
