@@ -169,3 +169,34 @@ def test_a_soft_cap_with_a_sink_or_dropout_has_no_fused_kernel():
         rule = made("causal", "none", normaliser, cap=3.0)[3]
         assert kernels.has_fused(rule, cuda) is fits and not kernels.has_fused(rule, cuda, 0.1)
     assert kernels.has_fused(made("causal", "none", "sink")[3], cuda, 0.1)
+
+
+@torch.no_grad()
+def test_without_gradients_the_numbers_are_those_with_them():
+    """Without them scores are written over in place, and the passes for empty rows are left out where there are none."""
+    for mask, bias, normaliser, cap in itertools.product(MASKS, BIASES, NORMALISERS, (None, 3.0)):
+        q, k, _, rule = made(mask, bias, normaliser, cap=cap)
+        with torch.enable_grad():
+            scores = kernels.scores_of(q, k, rule)
+            pattern = kernels.pattern_of(scores, rule)
+        free = kernels.scores_of(q, k, rule)
+        assert torch.equal(free, scores) and torch.equal(kernels.pattern_of(free, rule), pattern)
+        assert torch.equal(free, scores)  # a pattern does not write into its scores
+
+
+@torch.no_grad()
+def test_under_transforms_and_modes():
+    """In place of the plain arithmetic where somebody stands between: masks by vmap, tensors without numbers."""
+    q, k, _, rule = made("causal", "none", "softmax", dtype=torch.float32)
+    masks = torch.stack([torch.ones(S, S, dtype=torch.bool).tril(n) for n in (0, 1, -1)])
+
+    def under(mask: torch.Tensor) -> torch.Tensor:
+        asked = Rule(rule.scale, None, None, Resolved(Everything(), False, mask[None, None]), rule.normaliser)
+        return kernels.pattern_of(kernels.scores_of(q, k, asked), asked)
+
+    assert torch.equal(torch.func.vmap(under)(masks), torch.stack([under(m) for m in masks]))
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = torch.empty(B, H, S, K)
+        assert kernels.pattern_of(kernels.scores_of(fake, fake, rule), rule).shape == (B, H, S, S)

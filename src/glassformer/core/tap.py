@@ -48,7 +48,7 @@ class Tap:
         return x
 
     def offer(self, path: str, compute: Callable[[tuple[int, ...] | None], Tensor]) -> None:
-        """Called where a value exists only for observers; ``compute(heads)`` makes it (None: all heads)."""
+        """Called where a value exists only for observers; ``compute(heads)`` makes it (None: all heads). It is not written into: others may hold it too."""
 
     def edits(self, path: str) -> bool:
         """Whether the value at ``path`` must lie on the way to the output (because it is changed or differentiated)."""
@@ -93,8 +93,8 @@ class Record(Tap):
         if not patterns:
             raise SiteError("Record() keeps nothing: name what to keep, such as Record('blocks.*.attn.pattern'), or Record('**') for everything.")
         self._patterns = tuple(Pattern.read(p) for p in patterns)
+        self._asked: Asked = tuple((p.segments, p.heads) for p in self._patterns)
         self._grad, self._device = grad, device
-        self._decided = _decisions(tuple(p.text for p in self._patterns))
         self.values: dict[str, Tensor] = {}
         self._whole: dict[str, Tensor] = {}  # with grad=True: what the recorded heads were picked from
 
@@ -124,7 +124,7 @@ class Record(Tap):
             x = x.view_as(x)
         if x.requires_grad:
             x.retain_grad()
-        heads = self._heads(path)
+        heads = self._wanted(path)[1]
         if heads is None:
             self.values[path] = x
         else:
@@ -148,27 +148,8 @@ class Record(Tap):
         return self._patterns
 
     def _wanted(self, path: str) -> tuple[bool, tuple[int, ...] | None]:
-        """Whether the value at ``path`` is kept, and of which heads."""
-        if torch.compiler.is_compiling():
-            return self._meets(path), self._heads(path)
-        if path not in self._decided:
-            if len(self._decided) > MOST:  # a very long generation
-                self._decided.clear()
-            self._decided[path] = self._meets(path), self._heads(path)
-        return self._decided[path]
-
-    def _meets(self, path: str) -> bool:
-        return any(p.meets(path) for p in self._patterns)
-
-    def _heads(self, path: str) -> tuple[int, ...] | None:
-        """The heads wanted at ``path``: None means all; several patterns add up."""
-        wanted: list[int] = []
-        for p in self._patterns:
-            if p.meets(path):
-                if p.heads is None:
-                    return None
-                wanted += [h for h in p.heads if h not in wanted]
-        return tuple(wanted)
+        """Whether the value at ``path`` is kept, and of which heads (None: all)."""
+        return (_decide if torch.compiler.is_compiling() else _decide_once)(self._asked, path)
 
     # How it is read
 
@@ -215,7 +196,7 @@ class Record(Tap):
         whole = self._whole.get(path, value)
         if whole.grad is None:
             raise SiteError(f"No gradient has reached {path!r}: call backward() on something computed from it, outside torch.no_grad().")
-        heads = self._heads(path)
+        heads = self._wanted(path)[1]
         return whole.grad if heads is None else _pick(path, whole.grad, heads)
 
     @property
@@ -297,10 +278,24 @@ class Chain(Tap):
         return tuple(p for tap in self.taps for p in tap.patterns())
 
 
-@lru_cache(maxsize=1_000)
-def _decisions(patterns: tuple[str, ...]) -> dict[str, tuple[bool, tuple[int, ...] | None]]:
-    """What records of these patterns have decided about each path: small models are called more often than they compute, so it is decided once."""
-    return {}
+Asked = tuple[tuple[tuple[str, ...], tuple[int, ...] | None], ...]
+"""Patterns as plain data: the segments and the heads of each."""
+
+
+def _decide(asked: Asked, path: str) -> tuple[bool, tuple[int, ...] | None]:
+    """Whether one of the patterns meets the path, and the heads wanted there: None means all; several patterns add up."""
+    found, wanted = False, list[int]()
+    for segments, heads in asked:
+        if _meets(segments, path):
+            if heads is None:
+                return True, None
+            found = True
+            wanted += [h for h in heads if h not in wanted]
+    return found, tuple(wanted)
+
+
+# Small models are called more often than they compute: over all records of equal patterns, each path is decided once.
+_decide_once = lru_cache(maxsize=100_000)(_decide)
 
 
 SPARE = 1.05  # how much more memory than its own a kept value may hold
@@ -329,7 +324,7 @@ def check_heads(heads: tuple[int, ...] | None, n: int, where: str) -> None:
 # Patterns
 
 LONGEST = 12  # segments of a pattern
-MOST = 100_000  # a number in one; paths that a record remembers its decision about
+MOST = 100_000  # a number in one
 
 
 class Pattern:

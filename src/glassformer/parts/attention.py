@@ -188,6 +188,7 @@ class _Attention(nn.Module):
 
             p.offer(sites.SCORES, scores)
             p.offer(sites.PATTERN, lambda heads: kernels.pattern_of(made[heads] if heads in made else kernels.scores_of(q, k, rule, heads), rule, heads))
+            made.clear()  # who keeps them has them
             z = (kernels.fused if kernels.has_fused(rule, q.device, dropout) else kernels.explicit)(q, k, v, rule, dropout)
         z = z.transpose(1, 2)
         z = p.see(sites.Z, z if lift is None else lift(z))

@@ -70,9 +70,14 @@ class NormaliserLayer(nn.Module):
         return torch.softmax(torch.cat([scores, sink], -1), -1)[..., :-1]
 
 
+def _is_plain() -> bool:
+    # Nobody stands between this program and its tensors: no graph is made, no transform (vmap) or mode (fake tensors, tracing) is on.
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active() and torch._C._len_torch_dispatch_stack() == 0
+
+
 def _may_look(x: Tensor) -> bool:
-    # A program may branch on a value where that costs no wait, and where there is a value: not in a graph, not under vmap.
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    # A program may branch on a value where there is one, and where to see it costs no wait.
+    return x.device.type == "cpu" and _is_plain()
 
 
 @part
@@ -171,7 +176,7 @@ def scores_of(q: Float[Tensor, "b h t k"], k: Float[Tensor, "b g s k"], rule: Ru
     if heads is not None or group > 1:
         k = k[:, [h // group for h in chosen]]
     scores = q @ k.transpose(-1, -2)
-    free = not scores.requires_grad  # nobody else holds it: what follows may write over it
+    free = not scores.requires_grad and _is_plain()  # nobody else holds it: what follows may write over it
     scores = scores.mul_(rule.scale) if free else scores * rule.scale
     if rule.cap is not None:
         scores = rule.cap * torch.tanh(scores / rule.cap)
