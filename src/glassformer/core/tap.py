@@ -284,7 +284,8 @@ Asked = tuple[tuple[tuple[str, ...], tuple[int, ...] | None], ...]
 
 def _decide(asked: Asked, path: str) -> tuple[bool, tuple[int, ...] | None]:
     """Whether one of the patterns meets the path, and the heads wanted there: None means all; several patterns add up."""
-    found, wanted = False, list[int]()
+    found = False
+    wanted: list[int] = []
     for segments, heads in asked:
         if _meets(segments, path):
             if heads is None:
