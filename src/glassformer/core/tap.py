@@ -138,8 +138,12 @@ class Record(Tap):
             kept = compute(heads).detach()
             self.values[path] = _compact(kept) if self._device is None else kept.to(self._device)
 
+    def wants(self, path: str) -> bool:
+        """Whether the value at ``path`` is kept."""
+        return self._wanted(path)[0]
+
     def edits(self, path: str) -> bool:
-        return self._grad and self._wanted(path)[0]
+        return self._grad and self.wants(path)
 
     def differentiates(self) -> bool:
         return self._grad

@@ -259,7 +259,7 @@ class _Spill(Record):
         return x
 
     def offer(self, path: str, compute: Callable[[tuple[int, ...] | None], Tensor]) -> None:
-        if not self._meets(path):
+        if not self.wants(path):
             return
         if path.rsplit(".", 1)[-1] not in SQUARE:
             self._put(path, compute(self._heads(path)).detach(), None)

@@ -196,7 +196,7 @@ class _Only(Record):
         super().__init__(*paths)
 
     def edits(self, path: str) -> bool:
-        return self._meets(path)
+        return self.wants(path)
 
 
 def sites_of(stack: TransformerModel) -> list[str]:

@@ -128,12 +128,12 @@ class Rows(Record):
         self._rows = list(rows)
 
     def visit(self, path: str, x: Tensor) -> Tensor:
-        if self._meets(path):
+        if self.wants(path):
             self._keep(path, x)
         return x
 
     def offer(self, path: str, compute: Callable[[tuple[int, ...] | None], Tensor]) -> None:
-        if self._meets(path):
+        if self.wants(path):
             self._keep(path, compute(None))
 
     def _keep(self, path: str, x: Tensor) -> None:
