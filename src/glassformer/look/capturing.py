@@ -262,9 +262,9 @@ class _Spill(Record):
         if not self.wants(path):
             return
         if path.rsplit(".", 1)[-1] not in SQUARE:
-            self._put(path, compute(self._heads(path)).detach(), None)
+            self._put(path, compute(self._wanted(path)[1]).detach(), None)
             return
-        for i, head in enumerate(self._heads(path) or range(self._shapes[path].shape[1])):
+        for i, head in enumerate(self._wanted(path)[1] or range(self._shapes[path].shape[1])):
             self._put(path, compute((head,)).detach(), i)
 
 
