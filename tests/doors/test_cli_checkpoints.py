@@ -119,8 +119,8 @@ def test_convert_keeps_the_type_that_is_stored(run, folder, tmp_path) -> None:
 
 
 def test_generate_goes_by_the_checkpoint_s_settings_where_nothing_else_is_said() -> None:
-    from glassformer.cli.generate import _settings
+    from glassformer.cli.sampling import settings
 
-    assert _settings({}, None, None, None, None, None) == {"temperature": 0.8, "top_k": 40}
-    assert _settings({"temperature": 0.6, "top_p": 0.9, "eos_token_id": 3}, None, 7, None, None, None) == {"temperature": 0.6, "top_k": 7, "top_p": 0.9}
-    assert _settings({"do_sample": False, "temperature": 0.6}, None, None, None, None, None)["temperature"] == 0.0
+    assert settings({}, {"min_p": None}) == {"temperature": 0.8, "top_k": 40}
+    assert settings({"temperature": 0.6, "top_p": 0.9, "eos_token_id": 3}, {"top_k": 7}) == {"temperature": 0.6, "top_k": 7, "top_p": 0.9}
+    assert settings({"do_sample": False, "temperature": 0.6}, {})["temperature"] == 0.0

@@ -11,6 +11,7 @@ import torch
 from glassformer.core.errors import CacheError, InputError, SamplerError
 from glassformer.infer import Draw, Generated, Greedy, Penalties, Session, TopK, build_chain, generate, stream
 from glassformer.infer.generate import Options
+from glassformer.infer.named import Settings
 from infer.fake import Bigram, Bytes, Pieces
 
 ABC = Pieces("a", "b", "c", "END", "E", "N", "D", "\n")
@@ -90,8 +91,8 @@ def test_a_cache_that_is_too_small_is_refused_before_the_model_runs():
 
 def test_every_option_is_accepted_and_every_sampling_name_is_an_option():
     options = set(Options.__annotations__)
-    assert set(inspect.signature(build_chain).parameters) <= options
-    taken = dict.fromkeys(options - {"max_new_tokens", "logprobs", "stop", "order"})
+    assert set(Settings.__annotations__) | set(inspect.signature(build_chain).parameters) - {"settings"} <= options
+    taken = dict.fromkeys(options - {"max_new_tokens", "logprobs", "stop", "order", "trace"})
     assert generate(says("abc"), [0], max_new_tokens=3, logprobs=0, stop=(), order="llama.cpp", **taken).ids == [1, 2, 0]
     assert 1 not in generate(says("abc"), [0], max_new_tokens=3, suppress=[1]).ids
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from glassformer.core.errors import TokenizerError
 from glassformer.look.inside import Card, Inside, Lens, Norms
-from glassformer.look.shown import shown
+from glassformer.text.shown import shown
 
 
 def made(words: list[str], layers: int = 4, heads: int = 4, *, causal: bool = True, seed: int = 0, top: int = 5) -> Inside:

@@ -7,11 +7,13 @@ import warnings
 from typing import Any
 
 import pytest
+import torch
 
 import glassformer as gf
 from glassformer.cli import app as cli
 from glassformer.core.errors import GlassformerWarning
-from glassformer.look import candidates, capture, compare, gather, read
+from glassformer.look import ablate, ablate_heads, candidates, capture, compare, gather, head_redundancy, read, steer, steering_vector
+from glassformer.look.steering import SteeringVector
 from glassformer.look.subject import read_pair
 from look import zoo
 
@@ -55,12 +57,19 @@ def test_a_text_longer_than_the_runs_windows_is_one_note(command: list[str], run
 
 def test_a_long_text_in_python_warns_once_in_a_call(run: Any) -> None:
     loaded = gf.load(run)
+    push = SteeringVector(torch.ones(zoo.D), 1)
     asked = {
         "candidates": lambda: candidates(loaded, LONG),
         "compare": lambda: compare(loaded, LONG, LONG),
         "read_pair": lambda: read_pair(loaded, LONG, LONG),
         "capture": lambda: capture(loaded, [LONG, "the fox", LONG], "blocks.0.resid_post"),
         "gather": lambda: gather(loaded.model, loaded.tokenizer, LONG),
+        "ablate": lambda: ablate(loaded, LONG, "0.1", how="mean", reference=[LONG, LONG]),
+        "ablate, a long reference": lambda: ablate(loaded, "the fox", "0.1", how="mean", reference=["the dog", LONG]),
+        "ablate_heads": lambda: ablate_heads(loaded, LONG, how="mean", reference=[LONG, LONG]),
+        "steering_vector": lambda: steering_vector(loaded, [LONG, "the fox"], ["the dog ran", LONG[4:]], 1),
+        "steer": lambda: steer(loaded, LONG, push, max_new_tokens=2),
+        "head_redundancy": lambda: head_redundancy(loaded, [LONG, " ".join(LONG.split()[::-1]), LONG]),
     }
     for name, ask in asked.items():
         with pytest.warns(GlassformerWarning, match=TOLD) as told:
@@ -73,6 +82,7 @@ def test_no_warning_where_none_is_due(run: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         candidates(loaded, "the old man saw a red fox and")  # 8 tokens
+        steer(loaded, "the old man saw a red", SteeringVector(torch.ones(zoo.D), 1), max_new_tokens=4)  # what the model writes is its own doing
         candidates(zoo.model("llama"), zoo.ids(40))  # nothing is known of its training
         read(zoo.model("t5"), zoo.ids(40), source=zoo.ids(40))
 
@@ -86,6 +96,7 @@ def test_what_a_run_said_stays_with_its_model(run: Any, tmp_path: Any) -> None:
     gf.save(zoo.model("llama"), tmp_path / "run" / "checkpoints" / "step-00000001")
     (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": {"context": 4, "data": "hash"}}), encoding="utf-8")
     assert gf.load(tmp_path / "run").extra["training"] == {"context": 4}
+    assert "training" not in gf.load(gf.save(zoo.model("llama"), tmp_path / "run" / "others" / "one")).extra, "no checkpoint of that run"
     for unsaid in ("{}", "[", '{"settings": {"context": 4, "data": null}}', '{"settings": {"context": "x", "data": "hash"}}'):
         (tmp_path / "run" / "run.json").write_text(unsaid, encoding="utf-8")
         assert "training" not in gf.load(tmp_path / "run").extra

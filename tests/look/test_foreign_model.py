@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 
 import glassformer as gf
 from glassformer import look
-from glassformer.core.errors import InputError, SiteError
+from glassformer.core.errors import GlassformerWarning, InputError, SiteError
 from glassformer.look import foreign
 from glassformer.look.subject import read
+from glassformer.look.windows import Reading
 
 transformers = pytest.importorskip("transformers")
 
@@ -109,6 +111,22 @@ def test_what_cannot_be_reached_says_so() -> None:
         f(TOKENS, tap=gf.Edit("blocks.0.attn.pattern", lambda a: a))
     with pytest.raises(InputError, match="The text has 30 tokens, but this GPT2LMHeadModel has positions for 24"):
         f(torch.zeros(1, 30, dtype=torch.long))
+    with pytest.raises(InputError, match="The text has 30 tokens, but this model has positions for 24: give a shorter one, such as its first 24 tokens"):
+        read(f, [1] * 30)
+    with pytest.raises(InputError, match=r"Windows of 30 tokens were asked for, but this model has positions for 24: give context=24 or fewer"):
+        Reading(f, [[1] * 30], context=30)
+    assert Reading(f, [[1] * 30]).context == 24
+
+
+def test_a_text_beyond_their_configs_positions_is_noted() -> None:
+    """A rotary model computes beyond the positions that its config names; the note comes with the question."""
+    theirs = foreign(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, max_position_embeddings=8)))
+    with pytest.warns(GlassformerWarning, match="The text has 9 tokens, but this model names 8 positions in its config") as told:
+        read(theirs, [1] * 9)
+    assert len(told) == 1 and told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read(theirs, [1] * 8)
 
 
 @pytest.mark.parametrize(("kind", "most"), [("Roberta", 18), ("Bert", 20), ("Camembert", 16)])

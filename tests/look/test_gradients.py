@@ -77,6 +77,44 @@ def test_zero_vectors_under_rms_norms_need_short_intervals() -> None:
     assert few.steps <= 24 and few.error is not None and few.error > found.error
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
+def test_more_steps_do_not_make_it_worse(name: str) -> None:
+    """The cuts where the output changes stay, whatever ``steps``; from there on intervals are halved."""
+    made, ids = zoo.model(name), zoo.ids()
+    errors = []
+    for steps in (32, 256, 1024, 2048):
+        found = integrated_gradients(made, ids, 7, steps=steps)
+        assert found.error is not None and min(steps, 2048 - 15) <= found.steps <= 2048
+        errors.append(found.error)
+    rounding = 64 * torch.finfo(torch.float32).eps * float(made(torch.tensor([ids])).abs().max())
+    assert all(error <= errors[0] + rounding for error in errors), errors
+
+
+def test_a_small_difference_of_large_outputs_ends_early() -> None:
+    """What is left of each interval is the rounding of the logits, which more gradients do not lessen."""
+    made, ids = zoo.model("llama"), zoo.ids()
+    with torch.no_grad():
+        end, start = made(torch.tensor([ids]))[0, -1], made(inputs_embeds=torch.zeros(1, len(ids), zoo.D))[0, -1]
+    part = float((end - start)[7] / (end - start)[5])
+    found = integrated_gradients(made, ids, lambda out: out[:, -1, 7] - part * out[:, -1, 5])
+    assert found.baseline is not None and abs(found.actual - found.baseline) < 1e-5
+    assert found.error is not None and found.error < 1e-4 and found.steps < 1000, (found.steps, found.error)
+    few = integrated_gradients(made, ids, 7, most=64)
+    assert few.steps <= 64 and few.error is not None, "the intervals where the output moves most, as many as there is room for"
+
+
+def test_the_known_error_is_that_of_the_sum() -> None:
+    """Errors of two tokens that cancel are not seen: this number is 0 all along the line, while either token's own integral needs finer steps."""
+    model = gf.Decoder(zoo.V, zoo.D, (), final_norm=gf.NoNorm()).build(seed=0).double()
+    size = 200 / float(model(torch.tensor([[3]]))[0, 0, 7])  # so that either sine has 32 waves on the line
+    found = [
+        integrated_gradients(model, [3, 3], lambda out: torch.sin(size * out[:, 0, 7]) - torch.sin(size * out[:, 1, 7]), baseline="mean", steps=n)
+        for n in (8, 1024)
+    ]
+    assert [f.error for f in found] == pytest.approx([0.0, 0.0], abs=1e-9)
+    assert abs(float(found[0].values[0] - found[1].values[0])) > 0.1
+
+
 def test_lines_from_zero_are_cut_by_ratio() -> None:
     """The same integral by even steps in ln a, where one function of known integral stands for the model: atan(a / s) with a small s."""
     model, ids = gf.Encoder(zoo.V, zoo.D, (), readout=gf.Vector(), final_norm=gf.NoNorm()).build(seed=0).double(), zoo.ids(3)

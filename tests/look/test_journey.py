@@ -684,7 +684,7 @@ def test_small_pictures():
     x = torch.tensor([[1.0, -1.0], [0.0, -math.inf]])
     seen = imread(io.BytesIO(png(x)), format="png")
     assert seen.shape == (2, 2, 4) and np.allclose(seen[0, :, 3], 1) and np.allclose(seen[1, :, 3], 0)
-    assert seen[0, 0, 2] > seen[0, 0, 0] and seen[0, 1, 0] > seen[0, 1, 2]  # blue above zero, orange below
+    assert seen[0, 0, 0] > seen[0, 0, 2] and seen[0, 1, 2] > seen[0, 1, 0]  # orange above zero, blue below
     assert furthest(torch.tensor([[1.0, -3.0, 2.0, 0.5, 4.0]]), 2).tolist() == [[-3.0, 2.0, 4.0]]
 
 

@@ -152,6 +152,17 @@ def test_the_estimate_is_the_slope() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_sweep_asks_for_each_layers_path_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for every one of its places."""
+    from glassformer.look import patching_places
+
+    asked: list[int] = []
+    found = patching_places.site_path
+    monkeypatch.setattr(patching_places, "site_path", lambda s, site, layer: asked.append(layer) or found(s, site, layer))
+    activation_patch(zoo.model("gpt2"), zoo.ids(9), zoo.ids(9, 1), "z", by=("layer", "position", "head"))
+    assert asked == [0, 1, 2]
+
+
 def test_correlations() -> None:
     x = torch.tensor([1.0, 2, 3, 4])
     assert correlations(x, 2 * x + 1) == (pytest.approx(1), pytest.approx(1))

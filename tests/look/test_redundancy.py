@@ -178,6 +178,22 @@ def test_the_length_of_the_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
     assert float(found[7]) == pytest.approx(float((ends[1] - ends[0]).norm() / 2e-3), rel=0.15)
 
 
+def test_a_window_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many batches of gates are run over it."""
+    from glassformer.look import head_loss
+
+    count, read = [0], head_loss.read
+
+    def counted(*given: Any, **options: Any) -> Any:
+        count[0] += 1
+        return read(*given, **options)
+
+    monkeypatch.setattr(head_loss, "read", counted)
+    monkeypatch.setattr(head_loss, "NUMBERS", 1)
+    head_redundancy(zoo.model("gpt2"), [zoo.ids(12, 1), zoo.ids(10, 2), zoo.ids(7, 3)], points=3)
+    assert count[0] == 3
+
+
 def test_hidden_tokens() -> None:
     spec = zoo.SPECS["bert"]
     words = zoo.words()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from glassformer.look.pages import shown_line, shown_text
-from glassformer.look.shown import shown
+from glassformer.text.shown import shown
 
 
 @pytest.mark.parametrize(

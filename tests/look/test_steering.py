@@ -90,9 +90,24 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     wrong = SteeringVector(torch.ones(5), 1).save(tmp_path / "narrow.safetensors")
     late = SteeringVector(torch.ones(zoo.D), 7).save(tmp_path / "late.safetensors")
     about = {"version": 1, "layer": 1, "site": "resid_pre", "label": "", "norm": 0.0, "prefix": ""}
-    plain = {"plain": None, "other": about | {"version": 2}, "minus": about | {"layer": -1}, "word": about | {"norm": "x"}}
+    plain = {
+        "plain": None,
+        "other": about | {"version": 2},
+        "minus": about | {"layer": -1},
+        "word": about | {"norm": "x"},
+        "far": about | {"norm": float("inf")},
+        "five": about | {"label": 5},
+    }
     for name, text in plain.items():
         save_file({"vector": torch.ones(16)}, tmp_path / f"{name}.safetensors", metadata=None if text is None else {"glassformer.steering": json.dumps(text)})
+    save_file({"vector": torch.full((16,), torch.nan)}, tmp_path / "holes.safetensors", metadata={"glassformer.steering": json.dumps(about)})
+    for unfit, says in (
+        (SteeringVector(torch.full((16,), torch.inf), 1), "w.safetensors: the vector holds inf, but finite numbers are needed"),
+        (SteeringVector(torch.ones(16), 1, norm=float("nan")), "w.safetensors: norm is nan, but a finite number is needed"),
+    ):
+        with pytest.raises(InputError, match=says):
+            unfit.save(tmp_path / "w.safetensors")
+        assert not (tmp_path / "w.safetensors").exists()
     for path, says in (
         (wrong, r"vector has shape \[5\], but at 'blocks.1.resid_pre' it must be \[16\]"),
         (late, "'blocks.7.resid_pre' meets no site of this model"),
@@ -100,7 +115,10 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         (tmp_path / "plain.safetensors", "plain.safetensors holds no steering vector: SteeringVector.save writes one"),
         (tmp_path / "other.safetensors", "version 2 was given, and version 1 is read here"),
         (tmp_path / "minus.safetensors", "layer is -1, but a whole number of at least 0 is needed"),
-        (tmp_path / "word.safetensors", "norm is 'x', but a number is needed"),
+        (tmp_path / "word.safetensors", "norm is 'x', but a finite number is needed: make the vector again"),
+        (tmp_path / "far.safetensors", "far.safetensors: norm is inf, but a finite number is needed: make the vector again"),
+        (tmp_path / "five.safetensors", "five.safetensors: label is 5, but a text is needed: make the vector again"),
+        (tmp_path / "holes.safetensors", "holes.safetensors: the vector holds nan, but finite numbers are needed: make the vector again"),
         (5, "A file is named by its path, but a whole number was given"),
     ):
         with pytest.raises((InputError, SiteError), match=says):
@@ -146,6 +164,17 @@ def test_places_hold_in_cached_generation(positions: Any) -> None:
     moved = (after["blocks.1.resid_pre"] - before["blocks.1.resid_pre"])[0].norm(dim=-1) > 0
     want = {None: range(14), 7: range(7, 14), 2: range(2, 14), 3: range(3, 14)}.get(positions if not isinstance(positions, slice | list) else "", positions)
     assert moved.nonzero().flatten().tolist() == (list(range(14))[want] if isinstance(want, slice) else list(want))
+
+
+def test_only_the_running_pass_is_kept() -> None:
+    """One entry whatever the number of steps; the two halves of an encoder-decoder have one each."""
+    model, vector = made()
+    tap = vector.tap(1.5, 7)
+    generate(model, TEXT, max_new_tokens=12, tap=tap, eos_id=())
+    assert len(tap._index) == 1
+    both = SteeringVector(vector.vector, 1, prefix="decoder.").tap(1.0)
+    generate(zoo.model("t5"), zoo.ids(5), max_new_tokens=4, tap=both | Record("encoder.blocks.0.resid_pre"), eos_id=())
+    assert set(both._index) == {"encoder", "decoder"}
 
 
 def test_ragged_rows_count_their_own_places() -> None:

@@ -199,9 +199,13 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         return code, said.out, said.err
 
     text, other = "the old man saw", "the old fox ran"
-    for words in (["ablate", text, "-w", "1.2"], ["patch", text, other, "--memory", "1"], ["trace", text, "--subject", "old", "--samples", "1"]):
+    for words, title in (
+        (["ablate", text, "-w", "1.2"], "ablation (zero)"),
+        (["patch", text, other, "--memory", "1"], "activation patching of resid_pre"),
+        (["trace", text, "--subject", "old", "--samples", "1"], "causal tracing of old"),
+    ):
         code, out, err = look(*words)
-        assert code == 0 and "old" in out + text, err
+        assert code == 0 and out.startswith(title), err
     off = ablate(model, text, "1.2", tokenizer=zoo.words(), tap=Intervention("off", (Zero("blocks.1.attn.z[2]"),)).tap(model))
     assert f"before {off.logit_before:.4g}" in look("ablate", text, "-w", "1.2")[1]
     assert look("attribute", text)[0] == 0
@@ -241,6 +245,7 @@ def test_a_vector_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--vector", str(tmp_path / "none.safetensors")], "There is no steering vector at"),
         ([*made, "--save-edits", str(edits)], "--save-edits keeps the vector at one strength, but 0 were given"),
         ([*made, "--save-vector", str(tmp_path / "x.json")], "a steering vector is saved as .safetensors"),
+        ([*made, "-s", "1", "--save-edits", str(tmp_path / "x.txt")], "'x.txt' ends in '.txt', but edits are saved as .json or .safetensors"),
     ):
-        code, _, err = steered(*words)
-        assert code == 2 and says in err
+        code, out, err = steered(*words)
+        assert code == 2 and says in err and not out, "said before anything is written or shown"

@@ -336,11 +336,15 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_above_zero_has_the_same_colour_in_every_figure(dark: bool) -> None:
-    """A unit's tokens, bars of both signs, eigenvalues: warm above zero, cold below, as in a signed heat map."""
+    """A unit's tokens, bars of both signs, eigenvalues, a journey's small pictures: warm above zero, cold below, as in a signed heat map."""
+    import io
+
     from matplotlib.colors import to_rgb
+    from matplotlib.image import imread
 
     from glassformer.look.circuits import ov_circuit
     from glassformer.look.figure import bars, below_above, colours, new_figure
+    from glassformer.look.journey_page import png
 
     figure, theme = new_figure((4, 3), dark)
     below, above = below_above(theme)
@@ -355,3 +359,5 @@ def test_above_zero_has_the_same_colour_in_every_figure(dark: bool) -> None:
     circuit = ov_circuit(zoo.model("llama"), 1, 2)
     points = circuit.plot(dark).axes[0].collections[0].get_facecolors()[:, :3]
     assert {tuple(p) for p in points[circuit.eigenvalues[:, 0].numpy() >= 0]} == {to_rgb(above)}
+    small = imread(io.BytesIO(png(torch.tensor([[-1.0, 1.0]]))), format="png")[0, :, :3]  # the small pictures of a journey's page
+    assert small[1, 0] > small[1, 2] and small[0, 2] > small[0, 0]

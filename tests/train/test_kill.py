@@ -16,8 +16,10 @@ from glassformer.train.log import read_metrics
 from train import killed, small
 
 
-def start(folder: Path, steps: int, compile: bool, *flags: str) -> warm.Program:
-    return warm.Program([killed.__file__, str(folder), str(steps), str(compile), *flags])
+def start(folder: Path, steps: int, compile: bool, *flags: str, hash_seed: str | None = None) -> warm.Program:
+    """With ``hash_seed`` from nothing, so that sets have another order in each process."""
+    arguments = [killed.__file__, str(folder), str(steps), str(compile), *flags]
+    return warm.Program(arguments) if hash_seed is None else warm.Program(arguments, environment={"PYTHONHASHSEED": hash_seed}, cold=True)
 
 
 def read_until(process: warm.Program, line: str) -> list[str]:
@@ -30,8 +32,8 @@ def read_until(process: warm.Program, line: str) -> list[str]:
     raise AssertionError(f"{line!r} never came: {seen} {process.errors()}")
 
 
-def kill_at(folder: Path, line: str, steps: int, compile: bool, *flags: str) -> None:
-    process = start(folder, steps, compile, *flags)
+def kill_at(folder: Path, line: str, steps: int, compile: bool, *flags: str, hash_seed: str | None = None) -> None:
+    process = start(folder, steps, compile, *flags, hash_seed=hash_seed)
     try:
         read_until(process, line)
     finally:
@@ -40,8 +42,8 @@ def kill_at(folder: Path, line: str, steps: int, compile: bool, *flags: str) -> 
     assert process.returncode == -signal.SIGKILL
 
 
-def finish(folder: Path, steps: int, compile: bool) -> None:
-    out, err = start(folder, steps, compile).communicate()
+def finish(folder: Path, steps: int, compile: bool, hash_seed: str | None = None) -> None:
+    out, err = start(folder, steps, compile, hash_seed=hash_seed).communicate()
     assert f"stopped None {steps}" in out, err
 
 
@@ -68,8 +70,8 @@ def test_killed_at_many_moments_a_run_continues_bit_for_bit(tmp_path):
     kill_at(broken, "step 3", 18, False)  # before the second
     kill_at(broken, "step 6", 18, False)
     kill_at(broken, "writing broken checkpoints", 18, False, "--slow-disk")  # renamed, but the folder is not yet flushed
-    kill_at(broken, "step 16", 18, False)
-    finish(broken, 18, False)
+    kill_at(broken, "step 16", 18, False, hash_seed="1")
+    finish(broken, 18, False, hash_seed="2")
     assert logged(broken) == list(enumerate(whole, 1))
     assert not list((broken / "checkpoints").glob(".*"))
 

@@ -191,6 +191,13 @@ def test_any_source_of_batches_will_do(tmp_path):
     assert first + run(tmp_path / "b", 8, resume=True) == whole
 
 
+def test_passages_are_said_twice_in_token_data_only():
+    with pytest.raises(
+        TrainingError, match=r"repeats=0\.5 is for TokenData, but the data here is of type Counting, which makes its own batches: leave repeats"
+    ):
+        small.trainer(data=Counting(), repeats=0.5)
+
+
 class Toy(nn.Module):
     """Not one of ours: no spec, no sites, no taps."""
 

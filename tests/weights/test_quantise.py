@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import warm
 from glassformer import weights
 from glassformer.core.errors import WeightsError
 from glassformer.core.tap import Edit, Record
@@ -223,8 +222,8 @@ def test_without_torchao_the_remedy_is_named():
         "try: weights.quantise(model, 'int8')\n"
         "except WeightsError as error: print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("Quantisation needs torchao") and "pip install 'glassformer[quantise]'." in done.stdout
+    out, err = warm.Program(["-c", code]).communicate()
+    assert out.startswith("Quantisation needs torchao") and "pip install 'glassformer[quantise]'." in out, err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the 4-bit product of GPUs")

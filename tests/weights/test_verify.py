@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto as auto
 
+import warm
 from glassformer import weights
 from glassformer.cli.app import main
 from glassformer.core.errors import GlassformerError, WeightsError
@@ -250,6 +250,7 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
 def test_without_transformers_the_remedy_is_named(tmp_path):
     llama(tmp_path)
     code = f"import sys; sys.modules['transformers'] = None\nfrom glassformer.cli.app import main\nsys.exit(main(['verify', {str(tmp_path)!r}]))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == "error: verify compares with the transformers library, which is not installed: pip install transformers.\n"
+    process = warm.Program(["-c", code])
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert err == "error: verify compares with the transformers library, which is not installed: pip install transformers.\n"

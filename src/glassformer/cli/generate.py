@@ -4,31 +4,64 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import sampling
 from .look.common import Edits, edits_of
 
 if TYPE_CHECKING:
-    from ..infer import Token
+    from ..infer import Token, Trace
+
+
+def _check_traces(places: list[str] | None) -> list[str] | None:
+    """``--trace`` is refused before anything is computed for it."""
+    if places:
+        from ..infer.trace import check_place
+
+        for place in places:
+            if place != "-":
+                check_place(place)
+    return places
 
 
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A trained model: its folder (ours, or from the hub), a .gguf file, or hf://owner/name.")],
     prompt: Annotated[str, typer.Argument(help="The text to continue; '-' reads it from standard input.")],
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most so many tokens.")] = 200,
-    temperature: Annotated[
-        float | None,
-        typer.Option("--temperature", "-t", help="0 takes the most probable token each time, higher is bolder; by default the checkpoint's, or 0.8."),
-    ] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Choose among the k most probable tokens; by default the checkpoint's, or 40.")] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p", help="Choose among the fewest tokens that hold this probability.")] = None,
-    min_p: Annotated[float | None, typer.Option("--min-p", help="Leave out tokens below this share of the best one's probability.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option("--repetition-penalty", help="Above 1 makes tokens that were there less likely.")] = None,
+    temperature: sampling.Temperature = None,
+    top_k: sampling.TopK = None,
+    top_p: sampling.TopP = None,
+    min_p: sampling.MinP = None,
+    typical_p: sampling.TypicalP = None,
+    top_n_sigma: sampling.TopNSigma = None,
+    xtc_probability: sampling.XTCProbability = None,
+    xtc_threshold: sampling.XTCThreshold = None,
+    mirostat: sampling.Mirostat = None,
+    repetition_penalty: sampling.RepetitionPenalty = None,
+    frequency_penalty: sampling.FrequencyPenalty = None,
+    presence_penalty: sampling.PresencePenalty = None,
+    dry_multiplier: sampling.DryMultiplier = None,
+    no_repeat_ngram_size: sampling.NoRepeatNGram = None,
+    bad_word: sampling.BadWord = None,
+    min_new_tokens: sampling.MinNewTokens = None,
+    order: sampling.Order = None,
+    more: sampling.More = None,
+    show_sampler: sampling.ShowSampler = False,
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text. Repeatable.")] = None,
     logprobs: Annotated[int, typer.Option("--logprobs", metavar="N", help="One line per token: its probability and the N most probable ones.")] = 0,
+    trace: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--trace",
+            metavar="FILE",
+            callback=_check_traces,
+            help="Write how each token was chosen, link by link: a page (.html) or its numbers (.json); '-' prints a table. Repeatable.",
+        ),
+    ] = None,
+    candidates: Annotated[int, typer.Option("--candidates", metavar="N", min=1, help="How many candidates --trace keeps of every stage.")] = 10,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a message, put into the model's own chat template.")] = False,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, ...; by default the file's (float16 becomes float32 on a CPU).")] = None,
     packed: Annotated[bool, typer.Option("--packed", help="Keep the quantised matrices of a .gguf file packed in memory.")] = False,
@@ -37,44 +70,43 @@ def generate(
     edits: Edits = None,
 ) -> None:
     """Continue a prompt with a trained model, token by token as they come."""
-    from ..infer import stream
+    from ..infer import Trace, generation, stream
     from .models import open_model, tokenizer_of
 
+    given = (
+        {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical_p, "top_n_sigma": top_n_sigma}
+        | {"xtc_probability": xtc_probability, "xtc_threshold": xtc_threshold, "mirostat": mirostat, "repetition_penalty": repetition_penalty}
+        | {"frequency_penalty": frequency_penalty, "presence_penalty": presence_penalty, "dry_multiplier": dry_multiplier, "bad_words": bad_word}
+        | {"no_repeat_ngram_size": no_repeat_ngram_size, "min_new_tokens": min_new_tokens, "order": order}
+    )
     loaded = open_model(model, device, dtype, packed, quantise)
     text = _standard_input() if prompt == "-" else prompt
+    chosen = sampling.settings(loaded.extra.get("generation", {}), given, more)
+    if show_sampler:
+        print(generation(loaded, max_new_tokens=max_new_tokens, seed=seed, **chosen), file=sys.stderr)
     tokens = stream(
         loaded.model,
         loaded.chat([{"role": "user", "content": text}]) if chat else text,
         tokenizer=tokenizer_of(loaded, model),
         eos_id=loaded.eos_ids,
         max_new_tokens=max_new_tokens,
-        **_settings(loaded.extra.get("generation", {}), temperature, top_k, top_p, min_p, repetition_penalty),
+        **chosen,
         seed=seed,
         stop=stop or (),
         logprobs=logprobs,
+        trace=candidates if trace else False,
         tap=edits_of(edits, loaded),
     )
-    if logprobs:
-        for token in tokens:
-            print(_line(token))
-        return
-    if not chat and not hasattr(loaded.model, "encoder"):  # an encoder-decoder reads the text and writes another
+    choices = []
+    if not logprobs and not chat and not hasattr(loaded.model, "encoder"):  # an encoder-decoder reads the text and writes another
         print(text, end="", flush=True)
     for token in tokens:
-        print(token.text, end="", flush=True)
-    print()
-
-
-def _settings(
-    known: dict[str, Any], temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None, repetition_penalty: float | None
-) -> dict[str, Any]:
-    """What was said on the command line; where nothing was, what came with the checkpoint; where it says nothing either, the usual."""
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}
-    usual = {"temperature": 0.0 if known.get("do_sample") is False else 0.8, "top_k": 40}
-    came = {k: v for k, v in known.items() if k in given and isinstance(v, int | float) and not isinstance(v, bool)}
-    if known.get("do_sample") is False:
-        came.pop("temperature", None)
-    return usual | came | {k: v for k, v in given.items() if v is not None}
+        choices.append(token.trace)
+        print(_line(token) if logprobs else token.text, end="\n" if logprobs else "", flush=True)
+    if not logprobs:
+        print()
+    if trace:
+        _show(Trace(tuple(c for c in choices if c is not None), text), trace)
 
 
 def _standard_input() -> str:
@@ -85,6 +117,21 @@ def _standard_input() -> str:
         return sys.stdin.buffer.read().decode("utf-8").replace("\r\n", "\n")  # whatever the locale says
     except UnicodeDecodeError as error:
         raise InputError(f"Standard input is not UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x}): convert it first.") from error
+
+
+def _show(trace: Trace, places: list[str]) -> None:
+    """Print the trace, or write it, wherever ``--trace`` says; what was written is said on standard error."""
+    from rich.console import Console
+
+    for place in places:
+        if place == "-":
+            console = Console(file=sys.stdout, highlight=False)
+            if not console.is_terminal:
+                console = Console(file=sys.stdout, highlight=False, width=160, color_system=None)
+            print()
+            console.print(trace)
+        else:
+            print(f"wrote {trace.save(place)}", file=sys.stderr)
 
 
 def _line(token: Token) -> str:

@@ -18,9 +18,11 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict, Unpack, overload
+from dataclasses import dataclass, field, replace
+from itertools import repeat
+from typing import Any, Literal, Unpack, overload
 
+import torch
 from torch import Tensor
 
 from glassformer.core.cache import Cache
@@ -28,13 +30,16 @@ from glassformer.core.errors import InputError, SamplerError, did_you_mean
 from glassformer.core.fields import check, described, hints
 from glassformer.core.tap import Tap
 
-from .links import build_chain
+from .links import Draw
+from .named import Settings, build_chain, eos_ids, renamed
 from .sampler import Chain, Link
 from .session import Session, Source
 from .text import Detokenizer, StopStrings
+from .trace import Choice, Names, Trace, read_trace
 
 FinishReason = Literal["stop", "eos", "length"]
 Prompt = str | list[int] | list[str] | list[list[int]] | Tensor
+MAX_NEW_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Token:
 
     ``text`` is what may be shown now: a character whose bytes are not complete, or a tail that may begin a stop string, comes
     with a later token. ``logprob`` is ln p of the token by the model, before any link. ``finish_reason`` is set on a row's last event.
+    ``trace`` (if asked for): how it was chosen, link by link.
     """
 
     row: int
@@ -60,6 +66,7 @@ class Token:
     logprob: float
     top: tuple[Candidate, ...] = ()
     finish_reason: FinishReason | None = None
+    trace: Choice | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,7 @@ class Generated:
 
     ``text`` (None without a tokenizer) is the new text, without end-of-sequence and from a stop string on cut off. ``ids``, ``logprobs`` and
     ``top`` hold every token that was drawn, the last one too. ``finish_reason``: ``"eos"``, ``"stop"`` (a stop string), or ``"length"``.
+    ``trace`` (if asked for): how each token was chosen; it prints, and saves itself as a page.
     """
 
     text: str | None
@@ -76,35 +84,27 @@ class Generated:
     top: list[tuple[Candidate, ...]]
     finish_reason: FinishReason
     prompt_ids: list[int]
+    trace: Trace | None = None
 
     def __str__(self) -> str:
         return " ".join(map(str, self.ids)) if self.text is None else self.text
 
 
-class Options(TypedDict, total=False):
-    """The options of :func:`generate` and :func:`stream`; all have defaults."""
+class Options(Settings, total=False):
+    """The options of :func:`generate` and :func:`stream`: these and the names of :class:`~glassformer.infer.named.Settings`; all have defaults."""
 
     tokenizer: Any  # to read a text prompt and to write text
     max_new_tokens: int  # 128
-    sampler: Chain | Link | None  # a chain of links; or say some of the next names (see build_chain for their order)
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float | None
-    frequency_penalty: float | None
-    presence_penalty: float | None
-    penalty_window: int | None
-    logit_bias: Mapping[int, float] | None
-    suppress: Iterable[int] | None  # ids that are never drawn
-    do_sample: bool | None
-    order: str
+    sampler: Chain | Link | None  # a chain of links; or say some of the names of Settings (see build_chain for their order)
     seed: int | Sequence[int] | None  # one seed, or one per row
     stop: str | Sequence[str]  # texts that end a row
+    stop_strings: str | Sequence[str] | None  # another name of stop
     eos_id: int | Iterable[int] | None  # ids that end a row; default the tokenizer's; () for none
+    eos_token_id: int | Iterable[int] | None  # another name of eos_id
     cache: Cache | bool | None  # yours, or False for none (slow; for comparison)
     tap: Tap | None  # sees every call of the model; paths begin with step.{n}., step 0 is the prefill
     logprobs: int  # how many of the most probable tokens to report beside each
+    trace: bool | int  # record what each link did to the candidates; a number says how many of every stage are kept (True: 10)
     decoder_start: int | Sequence[int] | None  # encoder-decoder: how the target begins; default the model's own (spec.start)
 
 
@@ -169,12 +169,17 @@ class _Row:
     top: list[tuple[Candidate, ...]] = field(default_factory=list)
     shown: list[str] = field(default_factory=list)
     finish: FinishReason | None = None
+    choices: list[Choice] | None = None  # if a trace is asked for
 
     def __post_init__(self) -> None:
+        self.names = Names(self.tokenizer)
         self.detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer, self.context)
 
-    def take(self, token: int, logprob: float, top: list[tuple[int, float]]) -> Token:
+    def take(self, token: int, logprob: float, top: list[tuple[int, float]], choice: Choice | None = None) -> Token:
         """Add a token, decide whether the row ends, and say what may be shown."""
+        if choice is not None and self.choices is not None:
+            choice = replace(choice, names=self.names)
+            self.choices.append(choice)
         self.ids.append(token)
         self.logprobs.append(logprob)
         self.top.append(tuple(Candidate(i, None if self.tokenizer is None else self.tokenizer.decode([i]), p) for i, p in top))
@@ -191,11 +196,13 @@ class _Row:
         if stopped:
             self.finish = "stop"
         self.shown.append(text)
-        return Token(self.index, token, text, logprob, self.top[-1], self.finish)
+        return Token(self.index, token, text, logprob, self.top[-1], self.finish, choice)
 
     def result(self) -> Generated:
         assert self.finish is not None
-        return Generated(None if self.tokenizer is None else "".join(self.shown), self.ids, self.logprobs, self.top, self.finish, self.prompt_ids)
+        text = None if self.tokenizer is None else "".join(self.shown)
+        trace = None if self.choices is None else Trace(tuple(self.choices), None if self.tokenizer is None else self.tokenizer.decode(self.prompt_ids))
+        return Generated(text, self.ids, self.logprobs, self.top, self.finish, self.prompt_ids, trace)
 
 
 @dataclass
@@ -214,14 +221,7 @@ class _Run:
         **options: Any,
     ) -> _Run:
         """Read the options and check them against each other; nothing runs but an encoder."""
-        kinds = hints(Options)
-        for name in options:
-            if name not in kinds:
-                raise SamplerError(f"There is no option {name!r}.{did_you_mean(name, kinds)} Known: {', '.join(kinds)}.")
-        check("generate", options, kinds, SamplerError)
-        if options.get("tokenizer") is not None and not hasattr(options["tokenizer"], "decode"):
-            raise InputError(f"tokenizer is {described(type(options['tokenizer']))}, but it has to encode and decode: gf.load(folder).tokenizer is one.")
-        return _Run._read(model, prompt, **options)
+        return _Run._read(model, prompt, **_checked(options))
 
     @staticmethod
     def _read(
@@ -229,7 +229,7 @@ class _Run:
         prompt: Prompt,
         *,
         tokenizer: Any = None,
-        max_new_tokens: int = 128,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         sampler: Chain | Link | None = None,
         seed: int | Sequence[int] | None = None,
         stop: str | Sequence[str] = (),
@@ -237,6 +237,7 @@ class _Run:
         cache: Cache | bool | None = None,
         tap: Tap | None = None,
         logprobs: int = 0,
+        trace: bool | int = False,
         decoder_start: int | Sequence[int] | None = None,
         **known: Any,
     ) -> _Run:
@@ -248,7 +249,8 @@ class _Run:
         if stops and tokenizer is None:
             raise InputError("Stop strings are text, and without a tokenizer there is only ids: give tokenizer=…, or end on ids by eos_id=….")
         prompts, single = read_prompts(prompt, tokenizer)
-        chain = _read_sampler(sampler, seed, known)
+        kept = read_trace(trace)
+        chain = _read_sampler(sampler, seed, known, tokenizer, eos_id, max_new_tokens)
         seeds, run_seed = _read_seed(seed, prompts)
         source, starts = None, prompts
         if hasattr(model, "encode") and hasattr(model, "decode"):
@@ -256,10 +258,10 @@ class _Run:
             source = Source.read(model, prompts, tap)
         elif decoder_start is not None:
             raise InputError("decoder_start is for encoder-decoder models; this one continues the prompt itself.")
-        session = Session(model, starts, chain, room=max_new_tokens, cache=cache, seed=run_seed, seeds=seeds, tap=tap, top=logprobs, source=source)
-        eos = _read_eos(eos_id, tokenizer)
+        session = Session(model, starts, chain, room=max_new_tokens, cache=cache, seed=run_seed, seeds=seeds, tap=tap, top=logprobs, source=source, trace=kept)
+        eos = eos_ids(eos_id, tokenizer)
         rows = [
-            _Row(i, p, tokenizer, max_new_tokens, eos, StopStrings(stops), s if source is None else [])
+            _Row(i, p, tokenizer, max_new_tokens, eos, StopStrings(stops), s if source is None else [], choices=[] if kept else None)
             for i, (p, s) in enumerate(zip(prompts, starts, strict=True))
         ]
         return _Run(session, rows, single, drops=tap is None and not isinstance(cache, Cache))
@@ -269,9 +271,9 @@ class _Run:
         session, live = self.session, self.rows
         while True:
             drawn = session._step(frozen=[j for j, row in enumerate(live) if row.finish] if not self.drops else ())
-            for row, token, logprob, top in zip(live, drawn.ids, drawn.logprobs, drawn.top, strict=True):
+            for row, token, logprob, top, choice in zip(live, drawn.ids, drawn.logprobs, drawn.top, drawn.traces or repeat(None), strict=False):
                 if row.finish is None:
-                    yield row.take(token, logprob, top)
+                    yield row.take(token, logprob, top, choice)
             going = [j for j, row in enumerate(live) if row.finish is None]
             if not going:
                 return
@@ -281,6 +283,18 @@ class _Run:
 
 
 # Reading what was given
+
+
+def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options under our own names, each of the kind that it should be."""
+    kinds = hints(Options)
+    for name in options:
+        if name not in kinds:
+            raise SamplerError(f"There is no option {name!r}.{did_you_mean(name, kinds)} Known: {', '.join(kinds)}.")
+    check("generate", options, kinds, SamplerError)
+    if options.get("tokenizer") is not None and not hasattr(options["tokenizer"], "decode"):
+        raise InputError(f"tokenizer is {described(type(options['tokenizer']))}, but it has to encode and decode: gf.load(folder).tokenizer is one.")
+    return renamed(options)
 
 
 def read_prompts(prompt: Prompt, tokenizer: Any = None) -> tuple[list[list[int]], bool]:
@@ -311,15 +325,48 @@ def _beginning(tokenizer: Any) -> list[int]:
     return [token for token in known if token is not None][:1]
 
 
-def _read_sampler(sampler: Chain | Link | None, seed: int | Sequence[int] | None, known: dict[str, Any]) -> Chain:
+def _read_sampler(
+    sampler: Chain | Link | None,
+    seed: int | Sequence[int] | None,
+    known: dict[str, Any],
+    tokenizer: Any = None,
+    eos_id: int | Iterable[int] | None = None,
+    max_new_tokens: int | None = None,
+) -> Chain:
     said = {name: value for name, value in known.items() if value is not None}
     if sampler is None:
-        chain = build_chain(**said, seed=None if seed is None else 0)  # the session is given the real seed
+        # The session is given the real seed; here it says that there is one, so that it is drawn.
+        chain = build_chain(**said, seed=None if seed is None else 0, tokenizer=tokenizer, eos_id=eos_id, max_new_tokens=max_new_tokens)
     elif said:
         raise SamplerError(f"sampler={sampler!r} and {', '.join(said)} were both given: put what you want into the sampler, or leave it out.")
     else:
         chain = sampler if isinstance(sampler, Chain) else Chain((sampler,))
     _ = chain.final  # a chain without one is an error now, not at the first token
+    return chain
+
+
+def generation(model: Any, **options: Unpack[Options]) -> Chain:
+    """The chain that :func:`generate` builds from these options; print it to see what is done, and in which order.
+
+        print(generation(model, temperature=0.8, top_k=40, seed=7))          # Temperature(t=0.8) | TopK(k=40) | Draw(seed=7)
+
+    ``model`` may be what ``load`` gives: then its tokenizer and its end-of-sequence are used if no others are said. Options that do not
+    concern the choice (``stop``, ``cache``, …) may stand there too. Raises what :func:`generate` raises, and :class:`SamplerError` for
+    tokens outside the model's vocabulary.
+    """
+    loaded = hasattr(model, "model") and hasattr(model, "eos_ids")
+    given = _checked(options)
+    tokenizer = given.get("tokenizer", model.tokenizer if loaded else None)
+    eos_id = given.get("eos_id", model.eos_ids if loaded else None)
+    seed = given.get("seed")
+    sampling = {name: value for name, value in given.items() if name in hints(Settings)}
+    chain = _read_sampler(given.get("sampler"), seed, sampling, tokenizer, eos_id, given.get("max_new_tokens", MAX_NEW_TOKENS))
+    if given.get("sampler") is None and isinstance(seed, int):
+        chain = chain.replace(links=tuple(Draw(seed) if isinstance(link, Draw) else link for link in chain.links))
+    spec = getattr(model.model if loaded else model, "spec", None)
+    size = getattr(getattr(spec, "decoder", spec), "vocab_size", None)
+    for _ in chain.steps(torch.zeros(1, size)) if size else ():  # every link meets the vocabulary
+        pass
     return chain
 
 
@@ -335,12 +382,6 @@ def _read_seed(seed: int | Sequence[int] | None, prompts: list[list[int]]) -> tu
     if len(seed) != len(prompts):
         raise SamplerError(f"{len(seed)} seeds were given for {len(prompts)} prompts; give one seed, or one per prompt.")
     return [int(s) for s in seed], 0
-
-
-def _read_eos(eos_id: int | Iterable[int] | None, tokenizer: Any) -> frozenset[int]:
-    if eos_id is None:
-        eos_id = getattr(tokenizer, "eos_id", None)
-    return frozenset(() if eos_id is None else (eos_id,) if isinstance(eos_id, int) else eos_id)
 
 
 def _read_start(decoder_start: int | Sequence[int] | None, model: Any) -> list[int]:

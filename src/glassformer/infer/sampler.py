@@ -44,10 +44,12 @@ class Link(Spec):
     """One step of a sampler. ``a | b`` makes a :class:`Chain`.
 
     ``by_value`` says that the link looks at the values of the logits only, not at which token has
-    which: such a link may be given ``[b k]`` logits of some tokens in place of ``[b v]``.
+    which: such a link may be given ``[b k]`` logits of some tokens in place of ``[b v]``. ``observes``
+    says that what it remembers depends on what went in and came out: :meth:`observe` is then called in place of :meth:`learn`.
     """
 
     by_value: ClassVar[bool] = False
+    observes: ClassVar[bool] = False
     _error: ClassVar[type[GlassformerError]] = SamplerError
 
     @property
@@ -65,6 +67,10 @@ class Link(Spec):
 
     def learn(self, memory: Tensor, probabilities: Tensor, chosen: Tensor) -> Tensor:
         """What it remembers (a new tensor) once ``chosen [b]`` was drawn with the model's own ``probabilities [b]``."""
+        return memory
+
+    def observe(self, memory: Tensor, before: Tensor, after: Tensor, column: Tensor) -> Tensor:
+        """What it remembers (a new tensor) once ``column [b]`` of the ``[b c]`` logits ``before`` and ``after`` it was drawn; -1: none was."""
         return memory
 
     def __or__(self, other: Link | Chain) -> Chain:
@@ -153,18 +159,20 @@ class Chain(Spec):
         memory = [link.start(rows, torch.device(device)) for link in self.links]
         return State(fresh_seed() if chosen is None else chosen, own, [0] * rows, memory)
 
-    def __call__(self, logits: Tensor, history: History = None, state: State | None = None) -> Tensor:
+    def __call__(self, logits: Tensor, history: History = None, state: State | None = None, watch: list[Passed] | None = None) -> Tensor:
         """Draw the next token of each row: ``[b v] -> [b]``, and advance ``state`` by one step.
 
         -1 stands in a row where the links left nothing, or the model gave NaN. Without a state each call is a first step.
+        ``watch``: a list that gets what went into each link at work and what came out (see :mod:`glassformer.infer.trace`).
         """
         final, whole = self.final, _rows(logits)
         state = self._state_for(whole, state)
         past = as_history(history, whole.shape[0], whole.device)
-        left, ids = self._left(whole, past, state)
+        seen: dict[int, Passed] = {}
+        left, ids = self._left(whole, past, state, seen, watch)
         column = final.choose(left, state.own(len(self.links) - 1, type(final).__name__))
         chosen = column if ids is None else torch.where(column < 0, column, ids.gather(1, column.clamp(min=0)[:, None])[:, 0])
-        state.advance(self._learn(whole, chosen, state))
+        state.advance(self._learn(whole, chosen, state, seen))
         return chosen
 
     def steps(self, logits: Tensor, history: History = None, state: State | None = None) -> Iterator[Step]:
@@ -184,26 +192,41 @@ class Chain(Spec):
             yield Step(link, now, after)
             now = after
 
-    def _left(self, logits: Tensor, history: Tensor | None, state: State) -> tuple[Tensor, Tensor | None]:
-        """The logits that reach the final link: ``[b v]`` and None, or ``[b k]`` and their ids."""
-        width, ids = logits.shape[1], None
+    def _left(
+        self, logits: Tensor, history: Tensor | None, state: State, seen: dict[int, Passed], watch: list[Passed] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The logits that reach the final link: ``[b v]`` and None, or ``[b k]`` and their ids; ``seen`` gets what passed the links that observe."""
+        width = logits.shape[1]
+        ids: Tensor | None = None
         for i, link in enumerate(self.links[:-1]):
             if link.off:
                 continue
+            if ids is not None and not link.by_value:
+                logits, ids = spread(logits, ids, width), None
+            before, named = logits, ids
             if isinstance(link, Narrowing):
                 logits, columns = link.narrow(logits)
                 ids = columns if ids is None else ids.gather(1, columns)
-                continue
-            if ids is not None and not link.by_value:
-                logits, ids = spread(logits, ids, width), None
-            logits = link.apply(logits, history, state.own(i, type(link).__name__))
+            else:
+                logits = link.apply(logits, history, state.own(i, type(link).__name__))
+            if watch is not None or link.observes:
+                passed = Passed(link, before, named, logits, ids)
+                if watch is not None:
+                    watch.append(passed)
+                if link.observes:
+                    seen[i] = passed
         return logits, ids
 
-    def _learn(self, logits: Tensor, chosen: Tensor, state: State) -> list[Tensor | None]:
-        if all(m is None for m in state.memory):
-            return state.memory
-        p = (logits.gather(1, chosen.clamp(min=0)[:, None]) - logits.logsumexp(1, keepdim=True)).exp()[:, 0]
-        return [None if m is None else link.learn(m, p, chosen) for link, m in zip(self.links, state.memory, strict=True)]
+    def _learn(self, logits: Tensor, chosen: Tensor, state: State, seen: dict[int, Passed]) -> list[Tensor | None]:
+        memory = list(state.memory)
+        if any(m is not None and not link.observes for link, m in zip(self.links, memory, strict=True)):
+            p = (logits.gather(1, chosen.clamp(min=0)[:, None]) - logits.logsumexp(1, keepdim=True)).exp()[:, 0]
+            memory = [m if m is None or link.observes else link.learn(m, p, chosen) for link, m in zip(self.links, memory, strict=True)]
+        for i, passed in seen.items():
+            own = memory[i]
+            if own is not None:
+                memory[i] = passed.link.observe(own, passed.before, passed.after, passed.column(chosen))
+        return memory
 
     def _state_for(self, logits: Tensor, state: State | None) -> State:
         if state is None:
@@ -213,6 +236,21 @@ class Chain(Spec):
                 f"The logits have {logits.shape[0]} rows and the sampler's state has {len(state)}. Make one with chain.state({logits.shape[0]})."
             )
         return state
+
+
+@dataclass(frozen=True, eq=False)
+class Passed:
+    """One link at work in the chain's own pass: the logits before and after it ``[b c]``, and which token each column is (None: the whole vocabulary)."""
+
+    link: Link
+    before: Tensor
+    before_ids: Tensor | None
+    after: Tensor
+    after_ids: Tensor | None
+
+    def column(self, chosen: Tensor) -> Tensor:
+        """Where the tokens ``chosen [b]`` stand among the columns before it; -1 for -1."""
+        return chosen if self.before_ids is None else torch.where(chosen < 0, chosen, (self.before_ids == chosen[:, None]).long().argmax(dim=-1))
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ row (at the start: none). A step reads what the cache does not hold yet, draws, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,17 +33,23 @@ from glassformer.parts.position import LearnedLayer
 from glassformer.parts.readout import LanguageModel
 from glassformer.parts.rotary import RotaryLayer
 
-from .sampler import Chain, Link, as_history
+from .sampler import Chain, Link, Passed, as_history
 from .state import State
+from .trace import Choice
+from .tracing import measure
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One step: per row the token, ln p of it, and the most probable tokens with theirs (by the model, before any link)."""
+    """One step: per row the token, ln p of it, and the most probable tokens with theirs (by the model, before any link).
+
+    ``traces``: how each was chosen, if the session was asked for it.
+    """
 
     ids: list[int]
     logprobs: list[float]
     top: list[list[tuple[int, float]]]
+    traces: list[Choice] | None = None
 
 
 class Session:
@@ -52,6 +58,7 @@ class Session:
     ``cache``: None makes one with room for ``room`` more tokens; a Cache of yours goes on from what it holds, and is yours afterwards: it
     holds all tokens but the last (penalties see the tokens of this session only); False computes everything anew at each step, the slow
     twin. ``seeds`` are the rows' own. ``top``: how many of the most probable tokens to report. ``source``: an encoder-decoder's.
+    ``trace``: how many candidates of every stage of the sampler to keep (0: no trace).
     Raises :class:`InputError` or :class:`CacheError` before anything runs if the tokens will not fit, and :class:`InputError` for a model that
     predicts no tokens.
     """
@@ -69,6 +76,7 @@ class Session:
         tap: Tap | None = None,
         top: int = 0,
         source: Source | None = None,
+        trace: int = 0,
     ):
         check("Session", {"prompts": prompts, "sampler": sampler, "room": room, "cache": cache}, hints(Session.__init__), InputError)
         if room < 0:
@@ -76,7 +84,7 @@ class Session:
         if not prompts or not all(len(p) for p in prompts):
             raise InputError(f"Generation needs at least one token in every row, but the rows have {[len(p) for p in prompts]} tokens.")
         _check_readout(model)
-        self.model, self.tap, self.top, self.source = model, tap, top, source
+        self.model, self.tap, self.top, self.source, self.trace = model, tap, top, source, trace
         self.sampler = sampler if isinstance(sampler, Chain) else Chain((sampler,))
         self.lengths = [len(p) for p in prompts]
         longest, device = max(self.lengths), _device(model)
@@ -101,6 +109,12 @@ class Session:
         """How many tokens each row has been given so far."""
         return self._width - self._prompt
 
+    @property
+    def _seeded(self) -> tuple[Link, ...]:
+        """The links, the last one with the seed that is in use."""
+        final = self.sampler.final
+        return (*self.sampler.links[:-1], replace(final, seed=self.state.seed) if hasattr(final, "seed") else final)
+
     def step(self) -> Drawn:
         """Draw one token for every row.
 
@@ -112,8 +126,11 @@ class Session:
         """A step in which the cache takes no token of the ``frozen`` rows, and what they draw means nothing."""
         logits = self._read(frozen)
         with torch.no_grad():
-            chosen = self.sampler(logits, self._ids[:, : self._width], self.state)
+            passed: list[Passed] | None = [] if self.trace else None
+            chosen = self.sampler(logits, self._ids[:, : self._width], self.state, passed)
             drawn = _measure(logits, chosen, self.top)
+            if passed is not None:
+                drawn = replace(drawn, traces=measure(logits, passed, self._seeded, chosen, self.trace, self.drawn))
         for row, token in enumerate(drawn.ids):
             if token < 0 and row not in frozen:
                 raise SamplerError(self._why_nothing(logits[row], row))

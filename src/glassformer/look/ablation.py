@@ -29,7 +29,7 @@ from glassformer.core.tap import Tap
 
 from .figure import Theme, bars, heatmap
 from .result import Grid, Result
-from .subject import Positions, Subject, Text, check_layer, check_reads_tokens, check_whole, choose, feedforward_of, n_heads, read, shorten
+from .subject import Positions, Subject, Text, check_layer, check_reads_tokens, check_whole, choose, feedforward_of, n_heads, note_length, read, shorten
 from .sweep import Patch, Sweep
 
 if TYPE_CHECKING:
@@ -94,8 +94,6 @@ def _read(given: Any, layers: int) -> tuple[str, int, int | None]:
         if all(isinstance(n, int) and not isinstance(n, bool) for n in numbers) and len(numbers) in (1, 2):
             word = given[0].lower() if isinstance(given[0], str) else "attn"
             given = f"{word} {'.'.join(map(str, numbers))}"
-            if not isinstance(numbers, tuple) or (word == "attn" and len(numbers) == 1 and len(given) == 1):
-                raise SiteError(f"{given!r} names no part.")
     if isinstance(given, str):
         if found := _HEAD.fullmatch(given.strip()):
             return "attn", int(found[1]), int(found[2])
@@ -224,7 +222,7 @@ def ablate(
     edits that hold in every run, also without the part and in the reference texts (``tap | ablation``).
     Raises :class:`SiteError` for a part that the model has not, :class:`InputError` for what cannot be read.
     """
-    s = read(model, text, tokenizer, source=source, tap=tap)
+    s = read(model, text, tokenizer, source=source, tap=tap, note=False)
     given = list(what) if isinstance(what, list | set | frozenset | range) else [what]
     parts = [part_of(s, g) for g in given]
     if not parts:
@@ -244,7 +242,7 @@ def ablate_heads(
 ) -> HeadAblation:
     """:func:`ablate` for every head, one at a time; ``kind="cross"``: of cross-attention. Options as there."""
     choose(kind, ("attn", "cross"), "kind of attention")
-    s = read(model, text, options.pop("tokenizer", None), source=options.pop("source", None), tap=options.pop("tap", None))
+    s = read(model, text, options.pop("tokenizer", None), source=options.pop("source", None), tap=options.pop("tap", None), note=False)
     counts = [n_heads(s.stack, n, kind) for n in range(s.layers)] if kind == "attn" or s.has("blocks.*.cross.z") else []
     if not counts:
         raise InputError("This model has no cross-attention heads: leave kind out.")
@@ -292,9 +290,11 @@ def _prepare(
     if reference is not None and not isinstance(reference, list | tuple):
         raise InputError(f"reference is a list of texts, but {described(type(reference))} was given.")
     sites = sorted({x for p in parts for x in (p.site, p.base) if x})
+    others = [] if how == "zero" or reference is None else [_read_reference(s, text) for text in reference]
+    note_length(s.model, max(map(len, [s, *others])))
     sweep = Sweep(s, sites if how != "zero" else (), memory=memory, progress=progress)
     where = None if positions is None else tuple(s.positions(positions))
-    pools = {} if how == "zero" else _pools(s, sweep, sites, reference)
+    pools = {} if how == "zero" else _pools(s, sweep, sites, None if reference is None else others)
     draw = torch.Generator().manual_seed(seed)
     t = len(s)
     picks = [torch.randint(len(next(iter(pools.values()))), (t,), generator=draw) for _ in range(draws)] if how == "resample" else []
@@ -314,15 +314,18 @@ def _prepare(
     return sweep, made
 
 
-def _pools(s: Subject, sweep: Sweep, sites: Sequence[str], reference: Sequence[Text] | None) -> dict[str, Tensor]:
+def _read_reference(s: Subject, text: Text) -> Subject:
+    return read(s.model, text, s.tokenizer, source=list(s.source_ids) or None, tap=s.tap, note=False)
+
+
+def _pools(s: Subject, sweep: Sweep, sites: Sequence[str], others: Sequence[Subject] | None) -> dict[str, Tensor]:
     """The values at all positions of the reference texts, [n ..] by site."""
-    if reference is None:
+    if others is None:
         return {site: sweep.base[site][0] for site in sites}
-    if not reference:
+    if not others:
         raise InputError("reference holds no texts: give some, or leave it out for this text's own positions.")
     found: dict[str, list[Tensor]] = {site: [] for site in sites}
-    for text in reference:
-        other = read(s.model, text, s.tokenizer, source=list(s.source_ids) or None, tap=s.tap)
+    for other in others:
         record, _ = other.run(*sites)
         for site in sites:
             found[site].append(record[s.prefix + site][0])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from glassformer.core.numerics import wide
 from glassformer.core.tap import Record, Tap
+from glassformer.text.shown import short
 
 from .comparison_parts import mean_gradient, parts_of
 from .distributions import js, kl
@@ -26,7 +27,6 @@ from .figure import Theme, bars, heatmap, lines, plain_text
 from .lens_reading import stream_sites
 from .next_tokens import check_k, joined, quoted
 from .result import Cell, Grid, Result
-from .shown import short
 from .subject import Positions, Subject, Target, Text, check_reads_tokens, feedforward_of, note_length, read
 
 if TYPE_CHECKING:

@@ -128,9 +128,7 @@ class Intervention:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one file: ``.json`` (readable, tensors as numbers) or ``.safetensors`` (tensors as they are). Raises :class:`InputError` if it cannot."""
-        target = _path(path)
-        if target.suffix not in (".json", ".safetensors"):
-            raise InputError(f"{target.name!r} ends in {target.suffix or 'nothing'!r}, but edits are saved as .json or .safetensors.")
+        target = check_saved(path)
         plain = self.to_dict()
         try:
             if target.suffix == ".json":
@@ -296,6 +294,19 @@ def _only(data: Mapping[str, Any], known: Sequence[str], where: str) -> None:
     for name in data:
         if name not in known:
             raise InputError(f"{where}: there is no field {name!r}.{did_you_mean(str(name), known)} Known: {', '.join(known)}.")
+
+
+def check_saved(path: str | os.PathLike[str]) -> Path:
+    """The path, if edits can be saved under such a name. Raises :class:`InputError` otherwise."""
+    target = _path(path)
+    if target.suffix not in (".json", ".safetensors"):
+        raise InputError(f"{target.name!r} ends in {target.suffix or 'nothing'!r}, but edits are saved as .json or .safetensors.")
+    return target
+
+
+def half_of(path: str) -> str:
+    """``"encoder"`` or ``"decoder"`` for a path within one, with or without a step before it; else ``""``."""
+    return _inside(path)[1]
 
 
 def _inside(path: str) -> tuple[int | None, str]:

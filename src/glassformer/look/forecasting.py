@@ -29,13 +29,13 @@ from glassformer.core.modes import evaluating
 from glassformer.core.numerics import dtype_named
 from glassformer.core.sites import SiteInfo
 from glassformer.core.tap import Record
-from glassformer.infer.session import position_limit
 from glassformer.models.encoder_decoder import EncoderDecoderModel
 from glassformer.models.transformer import TransformerModel
 from glassformer.weights.own import Loaded
 
 from .figure import Theme, bars
 from .result import Grid, Result
+from .stacks import most_positions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -278,7 +278,7 @@ def check_sizes(model: Any, batch: int, t: int, word: str = "t") -> None:
     for name, value in (("batch", batch), (word, t)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} is a whole number of at least 1, but {value!r} was given.")
-    limit = position_limit(model)
+    limit = most_positions(model)
     if limit is not None and t > limit:
         raise InputError(f"{word}={t} was given, but this model has positions for {limit}: ask for at most {limit}.")
 

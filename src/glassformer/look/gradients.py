@@ -76,9 +76,12 @@ def integrated_gradients(
     """Integrated gradients of every token's embedding along the straight line from a baseline (arXiv 1703.01365).
 
     ``baseline``: ``"zero"`` vectors, the ``"mean"`` row of the table, one token id for every place, or as many ids as the text has tokens (then an
-    encoder's source stays as it is). The line is cut into intervals of 8 Gauss-Legendre nodes, at least ``steps`` in all. On each interval the
-    integral must give the difference of the outputs at its ends, so its error is known, and the worst intervals are halved until the errors sum
-    to less than ``tolerance`` times the whole difference, or ``most`` gradients were made. ``batch`` of them are computed at a time (None: as many as
+    encoder's source stays as it is). The line is cut into intervals of 8 Gauss-Legendre nodes, at least ``steps`` in all where ``most`` leaves room. On
+    each interval the integral, summed over the tokens, must give the difference of the outputs at its ends, so the error of that sum is known, and the
+    worst intervals are halved until the errors sum to less than ``tolerance`` times the whole difference (or times a thousandth of the output, where
+    the difference is smaller than that), until what is left of each may be the rounding of the outputs (16 epsilons of the largest), which more
+    gradients do not lessen, or until ``most`` gradients were made. Errors of single tokens that cancel in the sum are not seen: ask again with more
+    ``steps`` to see how far the tokens' own numbers move. ``batch`` gradients are computed at a time (None: as many as
     have about 1,024 tokens together). Norms make the output change most near zero vectors: from ``"zero"`` the first intervals are powers of 16, and
     nodes stand evenly in the logarithm. Where the output jumps (a mixture of experts chooses others) no gradient sees it: the
     jumps are left, as the completeness error. Raises :class:`InputError` for a baseline or numbers that do not fit.

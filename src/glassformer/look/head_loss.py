@@ -17,7 +17,7 @@ from glassformer.core.tap import Tap
 from glassformer.models.encoder_decoder import EncoderDecoderModel
 
 from .patterns import head_names
-from .subject import n_heads, read, reads_tokens, vocabulary
+from .subject import Subject, n_heads, read, reads_tokens, vocabulary
 from .windows import Reading, Window
 
 DIRECTIONS = 8
@@ -62,15 +62,22 @@ class Loss:
         self.name = DRIFT if not self.scores else NEXT if reading.subject.causal else HIDDEN if self.mask is not None else IN_PLACE
         self.hidden: dict[Window, list[int]] = {}
         self.whole: dict[Window, Tensor] = {}
+        self.subjects: dict[Window, Subject] = {}
 
     def out(self, window: Window, gates: Tensor) -> Tensor:
         """What the model makes of a window, once for every row of ``gates`` [b n]."""
-        s = read(self.model, list(window.ids), self.reading.tokenizer, source=self._source(window))
-        if self.mask is not None and self.scores:
-            s = read(self.model, [self.mask if i in self._hidden(window) else t for i, t in enumerate(window.ids)], self.reading.tokenizer)
+        s = self._subject(window)
         inputs = [x.expand(len(gates), -1) for x in s.inputs]
         y: Tensor = self.model(*inputs, tap=Gates(gates.to(s.device), self.first))
         return y
+
+    def _subject(self, window: Window) -> Subject:
+        """What the model reads of a window: its tokens, some of them hidden where hidden ones are predicted."""
+        if window not in self.subjects:
+            hidden = self._hidden(window) if self.mask is not None and self.scores else ()
+            ids = [t if self.mask is None or i not in hidden else self.mask for i, t in enumerate(window.ids)]
+            self.subjects[window] = read(self.model, ids, self.reading.tokenizer, source=self._source(window), note=False)
+        return self.subjects[window]
 
     def _source(self, window: Window) -> Any:
         return self.reading.source(window.text) if isinstance(self.model, EncoderDecoderModel) else None

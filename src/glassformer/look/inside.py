@@ -30,8 +30,8 @@ from glassformer.core.modes import evaluating
 from glassformer.core.tap import Record, Tap
 from glassformer.models import Encoder, Transformer
 from glassformer.parts.readout import LanguageModel
+from glassformer.text.shown import shown
 
-from .shown import shown
 from .subject import note_length
 
 Floats = NDArray[np.float32]

@@ -140,11 +140,11 @@ def _words(journey: Any, step: Any) -> str:
 
 
 def png(values: Tensor) -> bytes:
-    """[rows columns] as a picture of 31 colours: blue above zero, orange below, clear at zero and where a number is not finite."""
+    """[rows columns] as a picture of 31 colours: orange above zero, blue below (as in every figure), clear at zero and where a number is not finite."""
     x = torch.nan_to_num(values.float(), nan=0.0, posinf=0.0, neginf=0.0)
     top = float(x.abs().max()) or 1.0
     level = (x / top * 15).round().int() + 15  # 0..30, 15 is zero
-    palette = bytes(c for i in range(31) for c in ((0x1F, 0x6F, 0xC4) if i >= 15 else (0xD9, 0x6A, 0x1B)))
+    palette = bytes(c for i in range(31) for c in ((0xD9, 0x6A, 0x1B) if i >= 15 else (0x1F, 0x6F, 0xC4)))
     clear = bytes(round(255 * abs(i - 15) / 15) for i in range(31))
     raw = b"".join(b"\0" + bytes(row) for row in level.tolist())
 

@@ -21,12 +21,12 @@ from glassformer.core.errors import InputError
 from glassformer.core.fields import described
 from glassformer.core.numerics import wide
 from glassformer.core.tap import Tap
+from glassformer.text.shown import short, shown
 
 from .distributions import entropy, js, kl
 from .figure import Theme, heatmap, lines
 from .lens_reading import FrozenReadOut, added, added_of, check_linear, norms_after, plain_pass, stream_sites, streams_of
 from .result import Cell, Grid, Result
-from .shown import short, shown
 from .subject import Positions, Subject, Text, check_reads_tokens, choose, read
 
 if TYPE_CHECKING:

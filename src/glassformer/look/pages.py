@@ -14,9 +14,6 @@ half floats (11 bits: three significant digits), so the page says what the model
 from __future__ import annotations
 
 import base64
-import hashlib
-import html
-import json
 import os
 import re
 from importlib import resources
@@ -28,10 +25,11 @@ import numpy as np
 from glassformer.core.errors import InputError
 from glassformer.core.fields import described, typed
 from glassformer.core.files import replace, trouble
+from glassformer.core.page import fill
 from glassformer.core.tap import Tap
+from glassformer.text.shown import shown
 
 from .inside import HEAD_FIGURES, Bools, Floats, Inside, gather
-from .shown import shown
 
 MOST_BYTES = 96 * 2**20
 """Browsers open a page of this size within seconds; beyond it they become unreliable."""
@@ -68,18 +66,7 @@ def write_page(path: str | os.PathLike[str], model: Any, tokenizer: Any, text: s
 
 def render(inside: Inside) -> str:
     """The page for what :func:`gather` found (or for an :class:`Inside` made by hand)."""
-    style, script = _file("page.css"), "\n".join(map(_file, SCRIPTS))
-    title = f"Inside {shown_line(inside.card.name)}"
-    holes = {
-        "title": html.escape(title),
-        "style": style,
-        "script": script,
-        "data": _json(data(inside)),
-        "style_hash": _hash(style),
-        "script_hash": _hash(script),
-    }
-    # One pass: what is filled in is never searched for further holes.
-    return re.sub(r"\{\{(\w+)\}\}", lambda m: holes[m[1]], _file("page.html"))
+    return fill(_file("page.html"), f"Inside {shown_line(inside.card.name)}", _file("page.css"), "\n".join(map(_file, SCRIPTS)), data(inside))
 
 
 def data(inside: Inside) -> dict[str, Any]:
@@ -171,12 +158,6 @@ def _check_size(inside: Inside, packing: str) -> None:
         )
 
 
-def _json(value: Any) -> str:
-    """JSON that can stand inside a <script> element: no character of it can end the element or open a comment."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
 def _number(x: float) -> float | None:
     """Four significant digits; None for what JSON has no number for."""
     return float(f"{x:.4g}") if np.isfinite(x) else None
@@ -188,7 +169,3 @@ def _numbers(x: Any) -> Any:
 
 def _file(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

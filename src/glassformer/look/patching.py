@@ -22,7 +22,7 @@ from glassformer.core.tap import Record
 from .patching_places import Places, places, read_by
 from .patching_question import Question, ask, site_path
 from .patching_results import Patched
-from .subject import Positions, Subject, Text, check_layer
+from .subject import Positions, Text, check_layer
 
 
 def activation_patch(
@@ -71,7 +71,7 @@ def _values(q: Question, site: str, by: Any, positions: Positions, layers: Seque
 
 def _swept(q: Question, where: Places, values: Mapping[str, Tensor]) -> Tensor:
     """The number asked about with each place patched."""
-    variants = [where.picked(q.base, values, place) for place in where.each()]
+    variants = [where.picked(values, place) for place in where.each()]
     return q.sweep.run(variants, q.score, q.at, f"patching {where.site}").reshape(where.shape)
 
 
@@ -105,7 +105,7 @@ def attribution_patch(
     for path, value in values.items():
         new, old = value, record[s.prefix + path].detach()
         parts[path] = ((new - old).masked_fill(new.isinf() | old.isinf(), 0.0) * slopes[s.prefix + path])[0]
-    total = torch.stack([_summed(where, s, parts, place) for place in where.each()]).reshape(where.shape)
+    total = torch.stack([_summed(where, parts, place) for place in where.each()]).reshape(where.shape)
     estimate = q.scaled(total.detach().cpu(), normalise, change=True)
     made = Patched(site, where.by, where.names, estimate, q.clean, q.corrupted, q.label, q.direction, normalise, "attribution patching (estimate)")
     if not exact:
@@ -129,9 +129,9 @@ def slopes_of(q: Question, record: Record, paths: Sequence[str]) -> dict[str, Te
     return {p: torch.zeros_like(v) if g is None else g.detach() for p, v, g in zip(paths, values, found, strict=True)}
 
 
-def _summed(where: Places, s: Subject, parts: Mapping[str, Tensor], place: Mapping[str, int]) -> Tensor:
+def _summed(where: Places, parts: Mapping[str, Tensor], place: Mapping[str, int]) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
-    for patch in where.picked(s, {p: v[None] for p, v in parts.items()}, place):
+    for patch in where.picked({p: v[None] for p, v in parts.items()}, place):
         total = total + patch.value.sum().double().cpu()
     return total
 

@@ -22,22 +22,23 @@ AXES = ("layer", "position", "head")
 
 def places(s: Subject, site: str, by: Sequence[str], base: Mapping[str, Tensor], layers: Sequence[int], positions: Sequence[int] | None) -> Places:
     """Every patch that a sweep ``by`` these axes has, as names along its axes and as places."""
-    first = base[site_path(s, site, layers[0])]
-    axes = next(i.axes for i in s.model.sites() if i.path == s.prefix + site_path(s, site, layers[0])).split()
+    paths = {n: site_path(s, site, n) for n in layers}
+    first = base[paths[layers[0]]]
+    axes = next(i.axes for i in s.model.sites() if i.path == s.prefix + paths[layers[0]]).split()
     heads = [0]
     if "head" in by:
         kind = next((axes.index(a) for a in ("h", "g") if a in axes), None)
         if kind is None:
             raise InputError(f"{site!r} has no heads to patch one by one: use by=('layer', 'position'), or a site of heads ({', '.join(HEAD_SITES)}).")
-        heads = list(range(min(base[site_path(s, site, n)].shape[kind] for n in layers)))
+        heads = list(range(min(base[path].shape[kind] for path in paths.values())))
     place = next((axes.index(a) for a in ("t", "s") if a in axes), None)
     if place is None:
         raise InputError(f"{site!r} has no positions: patch a site with axes b t ...")
-    cross = ".cross." in site_path(s, site, layers[0]) and axes[place] == "s"
+    cross = ".cross." in paths[layers[0]] and axes[place] == "s"
     labels = s.labels() if not cross else list(s.source_pieces)
     shown = list(range(first.shape[place])) if positions is None else list(positions)
     names = {"layer": tuple(str(n) for n in layers), "position": tuple(labels[p] for p in shown), "head": tuple(map(str, heads))}
-    return Places(site, tuple(by), axes, tuple(layers), tuple(shown), positions is not None, tuple(heads), tuple(names[b] for b in by))
+    return Places(site, paths, tuple(by), axes, tuple(layers), tuple(shown), positions is not None, tuple(heads), tuple(names[b] for b in by))
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Places:
     """The places of a sweep (see :func:`places`)."""
 
     site: str
+    paths: dict[int, str]
+    """The site's path in each layer."""
     by: tuple[str, ...]
     axes: list[str]
     layers: tuple[int, ...]
@@ -64,11 +67,11 @@ class Places:
         """Sizes of the axes."""
         return tuple(map(len, self.names))
 
-    def picked(self, s: Subject, values: Mapping[str, Tensor], place: Mapping[str, int]) -> list[Patch]:
+    def picked(self, values: Mapping[str, Tensor], place: Mapping[str, int]) -> list[Patch]:
         """The patches of one place: values [1 ..] of another run put in (a sweep without ``layer`` patches all layers at once)."""
         made = []
         for layer in (place["layer"],) if "layer" in place else self.layers:
-            path = site_path(s, self.site, layer)
+            path = self.paths[layer]
             value, head = values[path][0], place.get("head")
             names = self.axes[1:]
             positions = (place["position"],) if "position" in place else self.positions if self.limited else None

@@ -21,6 +21,22 @@ def column_of(metric: str, normalised: bool) -> str:
     return metric.split(" of ")[0] + (", normalised" if normalised else "")
 
 
+def unchanged(clean: float, corrupted: float, direction: str, normalised: bool) -> float:
+    """The value of a patch that changes nothing."""
+    low, high = (0.0, 1.0) if normalised else (corrupted, clean)
+    return low if direction == "denoise" else high
+
+
+def scale_of(clean: float, corrupted: float, normalised: bool) -> str:
+    """What a reader must know of the two runs' own numbers."""
+    return "1 is the clean run, 0 the corrupted one" if normalised else f"clean run {clean:.4g}, corrupted run {corrupted:.4g}"
+
+
+def agreement(pearson: float | None, spearman: float | None, what: str) -> str:
+    """How an estimate agrees with what was measured; empty where nothing was."""
+    return "" if pearson is None else f"; against {what}: Pearson {pearson:.3f}, Spearman {spearman:.3f}"
+
+
 @dataclass(frozen=True, eq=False)
 class Patched(Result):
     """What every patch does to the metric. ``values`` has an axis for each name in ``by``, whose places are named in ``names``.
@@ -50,11 +66,7 @@ class Patched(Result):
 
     @property
     def _still(self) -> float:
-        """The value of a patch that changes nothing."""
-        if self.kind.startswith("attribution"):
-            return 0.0
-        low, high = (0.0, 1.0) if self.normalised else (self.corrupted, self.clean)
-        return low if self.direction == "denoise" else high
+        return 0.0 if self.kind.startswith("attribution") else unchanged(self.clean, self.corrupted, self.direction, self.normalised)
 
     def best(self, n: int = 5) -> list[tuple[tuple[str, ...], float]]:
         """The ``n`` patches that change the metric most, as names and values."""
@@ -66,10 +78,10 @@ class Patched(Result):
     def grid(self) -> Grid:
         both = self.exact is not None
         rows = [(*(place), value, *((float(self.exact[self._index(place)]),) if self.exact is not None else ())) for place, value in self.best(10**9)]
-        scale = "1 is the clean run, 0 the corrupted one" if self.normalised else f"clean run {self.clean:.4g}, corrupted run {self.corrupted:.4g}"
+        scale = scale_of(self.clean, self.corrupted, self.normalised)
         if self.kind.startswith("attribution"):
             scale = "estimated change of the metric by the patch, " + ("in units of clean less corrupted" if self.normalised else "as it is")
-        agree = "" if self.pearson is None else f"; against the exact sweep: Pearson {self.pearson:.3f}, Spearman {self.spearman:.3f}"
+        agree = agreement(self.pearson, self.spearman, "the exact sweep")
         return Grid((*self.by, column_of(self.metric, self.normalised), *(("exact",) if both else ())), tuple(rows), f"{scale}{agree}")
 
     def _index(self, place: Sequence[str]) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ from .figure import Theme, heatmap
 from .frozen import Frozen, Node, all_nodes, read_node, sites_of
 from .patching import correlations, slopes_of
 from .patching_question import Question, ask
-from .patching_results import column_of
+from .patching_results import agreement, column_of, scale_of, unchanged
 from .result import Grid, Result
 from .subject import Subject, Text, check_whole, n_heads, read, with_weights
 from .sweep import Patch
@@ -56,8 +56,7 @@ class PathPatched(Result):
 
     @property
     def _still(self) -> float:
-        low, high = (0.0, 1.0) if self.normalised else (self.corrupted, self.clean)
-        return low if self.direction == "denoise" else high
+        return unchanged(self.clean, self.corrupted, self.direction, self.normalised)
 
     def __getitem__(self, sender: str) -> float:
         if sender not in self.senders:
@@ -70,7 +69,7 @@ class PathPatched(Result):
         return [(self.senders[i], float(self.values[i])) for i in order]
 
     def grid(self) -> Grid:
-        note = "1 is the clean run, 0 the corrupted one" if self.normalised else f"clean run {self.clean:.4g}, corrupted run {self.corrupted:.4g}"
+        note = scale_of(self.clean, self.corrupted, self.normalised)
         return Grid(
             ("sender", column_of(self.metric, self.normalised)),
             tuple(self.best(len(self.senders))),
@@ -259,11 +258,7 @@ class EdgeAttribution(Result):
         return [(self.senders[i // len(self.receivers)], self.receivers[i % len(self.receivers)], float(flat[i])) for i in order]
 
     def grid(self) -> Grid:
-        agree = (
-            ""
-            if self.pearson is None
-            else f"; against exact path patching of {len(self.checked)} edges: Pearson {self.pearson:.3f}, Spearman {self.spearman:.3f}"
-        )
+        agree = agreement(self.pearson, self.spearman, f"exact path patching of {len(self.checked)} edges")
         unit = "estimated change, " + ("in units of clean less corrupted" if self.normalised else "of the metric as it is")
         return Grid(("sender", "receiver", "estimate"), tuple(self.best(self.values.numel())), unit + agree)
 

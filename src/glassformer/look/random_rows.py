@@ -7,12 +7,11 @@ from typing import Any
 import torch
 
 from glassformer.core.errors import InputError
-from glassformer.infer.session import position_limit
 from glassformer.models.encoder_decoder import EncoderDecoderModel
 from glassformer.text import Tokenizer
 from glassformer.weights.own import Loaded
 
-from .subject import vocabulary
+from .subject import most_positions, vocabulary
 from .windows import Reading
 
 FEWEST = 4
@@ -32,7 +31,7 @@ def random_rows(model: Any, tokenizer: Tokenizer | None, source: Any, repeats: i
     )
     v = vocabulary(probe.stack) if probe.tokenizer is None else min(vocabulary(probe.stack), probe.tokenizer.vocab_size)
     ordinary = torch.tensor([i for i in range(v) if i not in special and i not in (*before, *after)])
-    limit = position_limit(bare)
+    limit = most_positions(bare)
     room = length if limit is None else min(length, (limit - len(before) - len(after)) // 2)
     most = min(room, len(ordinary))
     if most < FEWEST:

@@ -79,6 +79,15 @@ def _rows(reading: Reading, paths: Sequence[str], folds: int) -> _Rows:
     return made
 
 
+def _read(model: Any, texts: Texts, site: Any, folds: int, seed: int, **options: Any) -> tuple[Reading, list[str], _Rows]:
+    """What a probe begins with: the texts read, the full paths of its sites, and their rows."""
+    check_folds(folds)
+    check_whole(0, seed=seed)
+    reading = Reading(model, texts, **options)
+    paths = reading.vector_sites(site)
+    return reading, paths, _rows(reading, paths, folds)
+
+
 def _groups(content: Sequence[tuple[int, ...]]) -> Tensor:
     """A number for every window [w], the same for equal content. The last, which may be cut short, also belongs to an earlier one that begins with it."""
     last = content[-1]
@@ -164,13 +173,10 @@ def probe_position_back(
     ks = _places_back(back, context)
     check_whole(0, seed=seed)
     check_whole(1, context=context, **({} if tokens is None else {"tokens": tokens}))
-    check_folds(folds)
     table = table_of(model, "input", tokenizer)
     if texts is None:
         texts = _random_texts(table, max(20, (tokens or 10_000) // context), context, seed)
-    reading = Reading(model, texts, tokenizer, source=source, context=context, tokens=tokens)
-    paths = reading.vector_sites(site)
-    got = _rows(reading, paths, folds)
+    reading, paths, got = _read(model, texts, site, folds, seed, tokenizer=tokenizer, source=source, context=context, tokens=tokens)
     far = (got.place >= max(ks)).nonzero()[:, 0]
     if not len(far):
         raise InputError(f"No window has {max(ks)} tokens before another: give longer texts, or fewer places back.")
@@ -266,11 +272,7 @@ def probe_order(
     """
     if isinstance(within, bool) or not isinstance(within, int) or within < 1:
         raise InputError(f"within={within!r}: two tokens of a pair are at least 1 apart.")
-    check_folds(folds)
-    check_whole(0, seed=seed)
-    reading = Reading(model, texts, tokenizer, source=source, context=context, tokens=tokens)
-    paths = reading.vector_sites(site)
-    got = _rows(reading, paths, folds)
+    reading, paths, got = _read(model, texts, site, folds, seed, tokenizer=tokenizer, source=source, context=context, tokens=tokens)
     fold = folds_of(got.group, folds, seed)
     y = got.place.float()
     if float(y.std()) == 0:
@@ -343,12 +345,11 @@ def probe_norm(
     stream as it is both columns are equal. Raises :class:`InputError` for too few windows.
     """
     choose(target, ("norm", "mean"), "number of a vector")
-    check_whole(0, skip=skip, seed=seed)
-    check_folds(folds)
-    reading = Reading(model, texts, tokenizer, source=source, context=context, tokens=tokens)
-    before, behind = reading.sites("blocks.*.resid_pre"), reading.sites("blocks.*.attn.in")
-    paths = [p for pair in zip(before, behind, strict=True) for p in pair]
-    got = _rows(reading, paths, folds)
+    check_whole(0, skip=skip)
+    ends = ("resid_pre", "attn.in")
+    sites = [f"blocks.*.{end}" for end in ends]
+    reading, paths, got = _read(model, texts, sites, folds, seed, tokenizer=tokenizer, source=source, context=context, tokens=tokens)
+    before, behind = ([p for p in paths if p.endswith(end)] for end in ends)
     kept = (got.place >= skip).nonzero()[:, 0]
     if not len(kept):
         raise InputError(f"skip={skip} leaves no token of windows of {reading.context}: skip fewer.")

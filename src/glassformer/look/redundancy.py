@@ -23,7 +23,7 @@ from glassformer.text import Tokenizer
 from .head_loss import NUMBERS, Loss
 from .patterns import each_pattern, head_names
 from .result import Cell, Grid, Result
-from .subject import check_whole, n_heads, n_layers
+from .subject import check_whole, n_heads, n_layers, note_length
 from .windows import Batch, Reading, Texts, Window
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ def head_redundancy(
     every = [w for w in reading.windows() if len(w.ids) > 1]
     if not every:
         raise InputError("A loss needs a text of at least 2 tokens: give a longer one.")
+    note_length(reading.model, max(len(w.ids) for w in every))
     names = head_names(reading.stack)
     reading.sites("blocks.*.attn.z")
     alike = _similarity(reading)

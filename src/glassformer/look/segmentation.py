@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from glassformer.core.errors import InputError, TokenizerError
 from glassformer.text import Tokenizer
+from glassformer.text.shown import shown
 from glassformer.weights.own import Loaded
 
 from .figure import Theme
 from .result import Grid, Result
 from .segmentation_picture import draw_lattice, draw_rows
-from .shown import shown
 from .subject import shorten
 from .trails import Edge, Match, Merge, Trail, follower, word_of
 

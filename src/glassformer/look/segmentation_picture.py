@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from glassformer.text.shown import shown
+
 from .figure import Theme, dress, plain_text
-from .shown import shown
 from .subject import shorten
 from .trails import Edge, Merge, Trail, word_of
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from glassformer.core.errors import InputError, SiteError, TokenizerError, did_you_mean
+from glassformer.infer.session import position_limit
 from glassformer.models.transformer import Decoder, TransformerModel
 from glassformer.parts.readout import LanguageModel
 from glassformer.text import Tokenizer
-
-from .shown import shown
+from glassformer.text.shown import shown
 
 
 def n_layers(stack: Any) -> int:
@@ -39,6 +39,12 @@ def vocabulary(stack: Any) -> int:
 def is_causal(stack: Any) -> bool:
     """Whether positions see only what came before."""
     return isinstance(stack.spec, Decoder) if isinstance(stack, TransformerModel) else bool(stack.causal)
+
+
+def most_positions(model: Any) -> int | None:
+    """How many positions a model can tell apart, None for any number."""
+    found: int | None = model.max_positions if hasattr(model, "max_positions") else position_limit(model)  # a foreign model says it itself
+    return found
 
 
 def reads_tokens(stack: Any) -> bool:

@@ -117,7 +117,7 @@ def steer(
 
 def _plain(s: Subject, ids: Sequence[int]) -> Tensor:
     """The mean of ln p of new tokens by the unsteered model."""
-    whole = read(s.model, [*s.ids, *ids], s.tokenizer, tap=s.tap)
+    whole = read(s.model, [*s.ids, *ids], s.tokenizer, tap=s.tap, note=False)  # its length is the model's own doing
     log = whole.run("logits")[1].double().log_softmax(-1)[len(s) - 1 : -1]
     return log.gather(-1, torch.tensor(ids, device=log.device)[:, None]).mean()
 

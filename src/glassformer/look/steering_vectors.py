@@ -24,11 +24,11 @@ from glassformer.core.tap import Pattern, Tap
 
 from . import tensor_files
 from .changes import Add
-from .edits import Intervention
-from .subject import Subject, Text, check_layer, feedforward_of, read
+from .edits import Intervention, half_of
+from .subject import Subject, Text, check_layer, feedforward_of, note_length, read
 
 KEY, VERSION = "glassformer.steering", 1
-_NUMBER, _TEXT = (int | float, "a number"), (str, "a text")
+_NUMBER, _TEXT = (int | float, "a finite number"), (str, "a text")
 SAVED: dict[str, Any] = {"layer": (int, "a whole number of at least 0"), "site": _TEXT, "label": _TEXT, "norm": _NUMBER, "prefix": _TEXT}
 At = int | Sequence[int] | slice | None
 """Where a vector is added, counted in the whole row: from a position on (int), at some positions, in a slice, or everywhere (None)."""
@@ -57,10 +57,10 @@ class AddVector(Tap):
         if vector.ndim == 2 and not (positions is None or isinstance(positions, int)):
             raise InputError(f"positions={positions!r}: the rows of the vector stand one after another, so give the first of their positions only.")
         self.chosen = positions
-        self._index: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self._index: dict[str, Tensor] = {}  # of the running pass, for each half of an encoder-decoder
 
     def begin(self, path: str, index: Tensor, lengths: Tensor | None) -> None:
-        self._index = {k: v for k, v in self._index.items() if k.split(".")[-1] != path.split(".")[-1]} | {path: (index, lengths)}
+        self._index[half_of(path)] = index
 
     def visit(self, path: str, x: Tensor) -> Tensor:
         if not self.pattern.meets(path):
@@ -80,8 +80,7 @@ class AddVector(Tap):
 
     def _place(self, path: str, x: Tensor) -> Tensor:
         """The place in its row of every position of ``x`` [b t d]: [t] or [b t]."""
-        known = [k for k in self._index if not k or path == k or path.startswith(f"{k}.")]
-        index = self._index[max(known, key=len)][0] if known else None
+        index = self._index.get(half_of(path))
         if index is None or index.shape[-1] != x.shape[1]:
             return torch.arange(x.shape[1], device=x.device)
         return index
@@ -159,11 +158,16 @@ class SteeringVector:
         """Raise :class:`SiteError` or :class:`InputError` if the model lacks the site, or a value there has another width."""
         self.intervention().check(model)
 
+    def _check_finite(self, where: str) -> None:
+        if wrong := self.vector[~self.vector.isfinite()].tolist():
+            raise InputError(f"{where}: the vector holds {wrong[0]}, but finite numbers are needed: make the vector again.")
+        if not math.isfinite(self.norm):
+            raise InputError(f"{where}: norm is {self.norm}, but {_NUMBER[1]} is needed: make the vector again.")
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one ``.safetensors`` file: the vector, where it is added and what it was made from. Raises :class:`InputError` if it cannot."""
-        target = _path(path)
-        if target.suffix != ".safetensors":
-            raise InputError(f"{target.name!r} ends in {target.suffix or 'nothing'!r}, but a steering vector is saved as .safetensors.")
+        target = check_saved(path)
+        self._check_finite(target.name)
         plain = {"version": VERSION} | {name: getattr(self, name) for name in SAVED}
         try:
             tensor_files.write(target, {"vector": self.vector.detach().cpu().contiguous()}, KEY, plain)
@@ -185,9 +189,18 @@ class SteeringVector:
             raise InputError(f"{file.name}: version {plain.get('version')!r} was given, and version {VERSION} is read here: make the vector again.")
         made = SteeringVector(tensors["vector"].read(), **_fields(plain, file.name))
         AddVector(made.path, made.vector)  # refuses what is no vector
+        made._check_finite(file.name)
         if model is not None:
             made.check(model)
         return made
+
+
+def check_saved(path: str | os.PathLike[str]) -> Path:
+    """The path, if a vector can be saved under such a name. Raises :class:`InputError` otherwise."""
+    target = _path(path)
+    if target.suffix != ".safetensors":
+        raise InputError(f"{target.name!r} ends in {target.suffix or 'nothing'!r}, but a steering vector is saved as .safetensors.")
+    return target
 
 
 def _path(given: Any) -> Path:
@@ -226,13 +239,14 @@ def steering_vector(
     Raises :class:`SiteError` for a layer or site that the model has not, :class:`InputError` for no texts and for equal means.
     """
     texts = [_several(g, name) for g, name in ((positive, "positive"), (negative, "negative"))]
-    first = read(model, texts[0][0], tokenizer, source=source, tap=tap)
+    subjects = [[read(model, t, tokenizer, source=source, tap=tap, note=False) for t in side] for side in texts]
+    first = subjects[0][0]
     check_layer(first.stack, layer)
     if not isinstance(site, str):
         raise SiteError(f"A site is named by a text, such as 'resid_pre', but {described(type(site))} was given.")
     name = f"{feedforward_of(first.stack, layer)}.{site[4:]}" if site.startswith("ffn.") else site
     _check_position(position, texts)
-    subjects = [[read(model, t, tokenizer, source=source, tap=tap) for t in side] for side in texts]
+    note_length(first.model, max(len(s) for side in subjects for s in side))
     if position == "each":
         longest = max(len(side[0]) for side in subjects)
         subjects = [[replace(s, ids=(*s.ids, *[s.ids[-1]] * (longest - len(s)))) for s in side] for side in subjects]

@@ -25,7 +25,6 @@ from glassformer.core.errors import GlassformerWarning, InputError, SiteError
 from glassformer.core.fields import described
 from glassformer.core.modes import evaluating
 from glassformer.core.tap import Pattern, Record, Tap
-from glassformer.infer.session import position_limit
 from glassformer.models.encoder_decoder import EncoderDecoderModel
 from glassformer.text import Tokenizer
 from glassformer.weights.own import Loaded
@@ -37,6 +36,7 @@ from .stacks import (
     choose,
     feedforward_of,
     is_causal,
+    most_positions,
     n_heads,
     n_layers,
     piece_of,
@@ -315,6 +315,7 @@ def note_length(model: Any, tokens: int) -> None:
     """
     known = {} if isinstance(model, EncoderDecoderModel) else getattr(model, "origin", {})  # windows of a pair of texts count neither of them
     trained, named = (known.get(part, {}).get(key) for part, key in (("training", "context"), ("config", "max_position_embeddings")))
+    named = getattr(getattr(model, "config", None), "max_position_embeddings", None) if named is None else named  # of a foreign model
     if isinstance(trained, int) and tokens > trained:
         what, todo = f"was trained on windows of {trained}", f"give its first {trained} tokens to stay within them"
     elif trained is None and isinstance(named, int) and tokens > named > 0:
@@ -358,7 +359,7 @@ def _ids(text: Text, tokenizer: Tokenizer | None, name: str, stack: Any, most: i
         ids = [int(i) for i in given]
     if not ids:
         raise InputError(f"The {name} has 0 tokens, but at least 1 is looked at: give some text.")
-    v, limit = vocabulary(stack), position_limit(stack)
+    v, limit = vocabulary(stack), most_positions(stack)
     if max(ids) >= v or min(ids) < 0:
         wrong_id = max(ids) if max(ids) >= v else min(ids)
         raise InputError(f"{name} holds the token id {wrong_id}, but the model's vocabulary is 0 to {v - 1}: use the tokenizer that was saved with this model.")
@@ -381,6 +382,7 @@ __all__ = [
     "choose",
     "feedforward_of",
     "is_causal",
+    "most_positions",
     "n_heads",
     "n_layers",
     "note_length",

@@ -26,7 +26,7 @@ from glassformer.weights.own import Loaded
 from .conllu import Sentence, read_conllu
 from .patterns import each_pattern, head_names
 from .result import Cell, Grid, Result
-from .subject import check_whole, n_layers
+from .subject import check_whole, most_positions, n_layers
 from .windows import Batch, Reading
 
 if TYPE_CHECKING:
@@ -184,9 +184,7 @@ class _Asked:
     """All questions of all sentences, and which heads and offsets answer them."""
 
     def __init__(self, model: Any, tokenizer: Tokenizer, sentences: Sequence[Sentence]):
-        from glassformer.infer.session import position_limit
-
-        limit = position_limit(model)
+        limit = most_positions(model)
         before = Reading(model, [[0]], tokenizer).around
         kept: list[tuple[Sentence, list[int], Tensor]] = []
         self.skipped = 0

@@ -9,8 +9,7 @@ from typing import Any
 
 from glassformer.core.errors import InputError
 from glassformer.text.alphabet import bytes_of, readable
-
-from .shown import shown
+from glassformer.text.shown import shown
 
 MOST_LETTERS = 2000
 """Letters of a word that BPE is followed through: its trail holds the whole word after every merge, so it grows with their square."""

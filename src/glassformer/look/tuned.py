@@ -30,14 +30,13 @@ from glassformer.core import files
 from glassformer.core.errors import InputError, WeightsError
 from glassformer.core.fields import described
 from glassformer.core.numerics import wide
-from glassformer.infer.session import position_limit
 from glassformer.models.encoder_decoder import EncoderDecoderModel
 
 from .distributions import kl
 from .figure import Theme, lines
 from .lens_reading import stream_sites
 from .result import SUFFIXES, Grid, Result
-from .subject import Subject, Text, check_reads_tokens, note_length, read, with_weights
+from .subject import Subject, Text, check_reads_tokens, most_positions, note_length, read, with_weights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -221,7 +220,7 @@ def _windows(model: Any, texts: Any, tokenizer: Tokenizer | None, most: int, con
     else:
         one = isinstance(texts, str | Tensor) or (len(texts) > 0 and isinstance(texts[0], int))
         ids, around = _ids(model, [texts] if one else list(texts), tokenizer, most)
-        limit = position_limit(getattr(inner, "decoder", inner)) if hasattr(inner, "sites") else None
+        limit = most_positions(getattr(inner, "decoder", inner)) if hasattr(inner, "sites") else None
         room = max(1, min(context, context if limit is None else limit - len(around[0]) - len(around[1]), len(ids) // 8))
         # A short last window would be a test on a beginning only.
         starts = range(0, max(1, len(ids) - room + 1), room) if ids else ()

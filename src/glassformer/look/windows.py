@@ -24,13 +24,12 @@ from glassformer.core.errors import InputError, SiteError
 from glassformer.core.fields import described
 from glassformer.core.modes import evaluating
 from glassformer.core.tap import Pattern, Tap
-from glassformer.infer.session import position_limit
 from glassformer.models.encoder_decoder import EncoderDecoderModel
 from glassformer.models.transformer import TransformerModel
 from glassformer.text import Tokenizer
 from glassformer.weights.own import Loaded
 
-from .subject import Subject, check_whole, piece_of, read, vocabulary
+from .subject import Subject, check_whole, most_positions, piece_of, read, vocabulary
 
 Texts = Any
 """A text, a file (``pathlib.Path``), token ids, or a list of texts or of rows of ids."""
@@ -92,7 +91,7 @@ class Reading:
         self._sources = source
         self.subject: Subject = read(model, [0], tokenizer, source=self.source(0))  # what kind of model this is; the token is only a stand-in
         self.model, self.stack = self.subject.model, self.subject.stack
-        limit = position_limit(self.model)
+        limit = most_positions(self.model)
         self.around = self._put_around()
         """What stands before and after every window that comes from a text."""
         room = min(x for x in (context or CONTEXT, limit) if x is not None)

@@ -3,9 +3,9 @@
     tokens   |--phase--|----window 0----|----window 1----|----window 2----|  …
                         ^ read with one token more: the last target is the next window's first input
 
-An epoch is all windows of ``context`` tokens behind a random phase, in random order: every token is
-predicted once. The order is a pure function of (seed, epoch), drawn by a counter-based generator, so the
-whole state is three numbers and the global generators are never touched.
+An epoch is all windows of ``context`` tokens behind a random phase, in random order: every token of theirs is
+predicted once, unless ``repeats`` writes over it. The order is a pure function of (seed, epoch), drawn by a
+counter-based generator, so the whole state is three numbers and the global generators are never touched.
 
 With ``repeats`` a share of the rows says something twice, as text of the web does and a novel seldom:
 

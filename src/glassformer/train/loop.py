@@ -166,6 +166,10 @@ class Trainer:
             _check_vocabulary(model, data)
             if tokenizer is not None and data.tokenizer_hash is not None and getattr(tokenizer, "hash", None) != data.tokenizer_hash:
                 raise DataError(f"The tokenizer {tokenizer!r} is not the one that made the data ({data.tokenizer!r}): leave it out, or give that one.")
+        elif repeats:
+            raise TrainingError(
+                f"repeats={repeats} is for TokenData, but the data here is of type {type(data).__name__}, which makes its own batches: leave repeats out."
+            )
         if any(p.device.type == "meta" for p in model.parameters()):
             raise TrainingError("This model stands on the meta device, where tensors have shapes but no numbers: build it without device='meta', or load one.")
         if any(isinstance(m, Packed) for m in model.modules()) or any(hasattr(p, "tensor_data_names") for p in model.parameters()):

@@ -149,7 +149,8 @@ def origin(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 def _training(path: Path) -> dict[str, int]:
     """How a run made the model in its folder, or in one of its checkpoints: ``context``, the tokens of a window. Empty if no run is there, or says none."""
-    for folder in (path, path.parent.parent):
+    path = path.absolute()
+    for folder in (path, path.parent.parent) if path.parent.name == "checkpoints" else (path,):
         try:
             settings = json.loads((folder / RUN).read_text(encoding="utf-8"))["settings"]
             if settings["data"] is not None and type(settings["context"]) is int:  # a run on batches of one's own has no windows

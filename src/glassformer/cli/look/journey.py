@@ -29,7 +29,7 @@ def journey(
     device: Device = None,
 ) -> None:
     """Show every step from the text to the next token: its name, its shape, and what it means for this text."""
-    from ...infer.links import build_chain
+    from ...infer.named import build_chain
     from ...look.journeys import journey as ask
 
     loaded = open_loaded(model, device, dtype)

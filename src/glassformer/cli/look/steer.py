@@ -46,8 +46,12 @@ def steer(
     device: Device = None,
 ) -> None:
     """Add the difference of two sets of texts to the stream while the model continues a text, at several strengths side by side."""
-    from ...look import steering
+    from ...look import edits as changes, steering, steering_vectors
 
+    if save_vector is not None:
+        steering_vectors.check_saved(save_vector)
+    if save_edits is not None:
+        changes.check_saved(save_edits)
     if save_edits is not None and len(strength or ()) != 1:
         raise InputError(f"--save-edits keeps the vector at one strength, but {len(strength or ())} were given: name one by --strength.")
     loaded = open_loaded(model, device, dtype)

@@ -1,0 +1,89 @@
+"""The options of ``glassformer generate`` that say how the next token is chosen, and what stands where nothing is said."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+Temperature = Annotated[
+    float | None,
+    typer.Option("--temperature", "-t", help="0 takes the most probable token each time, higher is bolder; by default the checkpoint's, or 0.8."),
+]
+TopK = Annotated[int | None, typer.Option("--top-k", help="Choose among the k most probable tokens; by default the checkpoint's, or 40.")]
+TopP = Annotated[float | None, typer.Option("--top-p", help="Choose among the fewest tokens that hold this probability.")]
+MinP = Annotated[float | None, typer.Option("--min-p", help="Leave out tokens below this share of the best one's probability.")]
+TypicalP = Annotated[float | None, typer.Option("--typical-p", help="Choose among the tokens of the most usual surprise that hold this probability.")]
+TopNSigma = Annotated[float | None, typer.Option("--top-n-sigma", help="Leave out logits more than n standard deviations below the largest.")]
+XTCProbability = Annotated[
+    float | None,
+    typer.Option("--xtc-probability", help="How often all of the strongest tokens but the weakest of them are left out (XTC)."),
+]
+XTCThreshold = Annotated[float | None, typer.Option("--xtc-threshold", help="From which probability on XTC calls a token strong; 0.1.")]
+Mirostat = Annotated[
+    int | None,
+    typer.Option("--mirostat", min=0, max=2, help="Steer the surprise of the text by Mirostat 1 or 2, in place of other filters."),
+]
+RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty", help="Above 1 makes tokens that were there less likely.")]
+FrequencyPenalty = Annotated[float | None, typer.Option("--frequency-penalty", help="Lower a token's logit by this for each time that it was there.")]
+PresencePenalty = Annotated[float | None, typer.Option("--presence-penalty", help="Lower a token's logit by this if it was there.")]
+DryMultiplier = Annotated[float | None, typer.Option("--dry-multiplier", help="Lower what would continue a repeat, more the longer it is (DRY); 0.8 is usual.")]
+NoRepeatNGram = Annotated[int | None, typer.Option("--no-repeat-ngram-size", help="Never so many tokens in a row a second time.")]
+BadWord = Annotated[list[str] | None, typer.Option("--bad-word", help="A text that never comes. Repeatable.")]
+MinNewTokens = Annotated[int | None, typer.Option("--min-new-tokens", help="Do not end the text before so many tokens.")]
+Order = Annotated[
+    str | None,
+    typer.Option("--order", help="In which order all this works: hf (default), llama.cpp, or names with ';' between: 'top_k;min_p;temperature'."),
+]
+More = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of generate() in Python: --set adaptive_target=0.4. Repeatable."),
+]
+ShowSampler = Annotated[bool, typer.Option("--show-sampler", help="Say first (on standard error) what is done in which order.")]
+
+ON_TOKENS = ("repetition_penalty", "no_repeat_ngram_size", "forced_bos_token_id", "forced_eos_token_id")
+NUMBERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff", *ON_TOKENS)
+"""What a checkpoint's own settings may say."""
+
+
+def settings(known: dict[str, Any], given: dict[str, Any], more: list[str] | None = None) -> dict[str, Any]:
+    """What was said on the command line; where nothing was, what came with the checkpoint; where it says nothing either, the usual."""
+    said = {name: value for name, value in given.items() if value is not None and value != []}
+    for name, value in map(_read, more or ()):
+        if name in said:
+            from ..core.errors import SamplerError
+
+            raise SamplerError(f"{name} was given twice, as {said[name]!r} and as {value!r}: leave one out.")
+        said[name] = value
+    greedy = known.get("do_sample") is False
+    usual = {"temperature": 0.0 if greedy else 0.8, "top_k": 40}
+    came: dict[str, Any] = {k: v for k, v in known.items() if k in NUMBERS and isinstance(v, int | float) and not isinstance(v, bool)}
+    if isinstance(words := known.get("bad_words_ids"), list):
+        came["bad_words_ids"] = words
+    if greedy:
+        came.pop("temperature", None)
+    standing = usual | came
+    if said.get("mirostat"):
+        standing = {k: v for k, v in standing.items() if k in (*ON_TOKENS, "temperature", "bad_words_ids")}
+    if ";" in str(order := said.get("order", "")):
+        standing = {k: v for k, v in standing.items() if k in order.split(";")}  # an order of one's own has a place for what it names only
+    return standing | said
+
+
+def _read(text: str) -> tuple[str, Any]:
+    """``NAME=VALUE``: a value is JSON, or else a text."""
+    from ..core.errors import SamplerError, did_you_mean
+    from ..core.fields import hints
+    from ..infer.named import Settings
+
+    name, equals, value = text.partition("=")
+    name, known = name.strip().replace("-", "_"), hints(Settings)
+    if not equals:
+        raise SamplerError(f"--set takes NAME=VALUE, such as adaptive_target=0.4, but got {text!r}.")
+    if name not in known:
+        raise SamplerError(f"There is no setting {name!r} of a sampler.{did_you_mean(name, known)} Known: {', '.join(sorted(known))}.")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value

@@ -1,0 +1,84 @@
+"""``glassformer generate``: the options that say how the next token is chosen."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import glassformer as gf
+from glassformer.cli import app as cli
+from glassformer.cli.sampling import settings
+from glassformer.text import train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    tokenizer = train("characters", texts=["a cab, a bed, a face: 'abc'\n"])
+    model = gf.preset("tiny", vocab_size=tokenizer.vocab_size).build(seed=0)
+    return gf.save(model, tmp_path_factory.mktemp("m") / "m", tokenizer)
+
+
+@pytest.fixture
+def run(capsys, folder):
+    def command(*args):
+        code = cli.main(["generate", str(folder), "a cab", "-n", "12", "--seed", "3", *args])
+        return code, *capsys.readouterr()
+
+    return command
+
+
+def test_every_option_reaches_its_link(run, folder):
+    space, f = gf.load(folder).tokenizer.encode(" f")
+    said = (
+        "--temperature 0.9 --top-k 9 --top-p 0.95 --min-p 0.01 --typical-p 0.99 --top-n-sigma 4 --xtc-probability 0.5 --xtc-threshold 0.2 "
+        "--repetition-penalty 1.1 --frequency-penalty 0.1 --presence-penalty 0.2 --dry-multiplier 0.8 --no-repeat-ngram-size 4 --bad-word f --order llama.cpp "
+        "--set min_keep=2 --set dry_base=1.5 --show-sampler"
+    )
+    code, out, err = run(*said.split())
+    assert code == 0 and out.startswith("a cab") and "f" not in out[5:]
+    assert err == (
+        "Penalties(repetition=1.1, frequency=0.1, presence=0.2, window=64) | "
+        "DRY(multiplier=0.8, base=1.5, window=64, breakers=Breakers.of(tokenizer, ('\\n', ':', '\"', '*'))) | NoRepeatNGram(n=4) | "
+        f"BadWords(sequences=(({f},), ({space}, {f}))) | TopNSigma(n=4.0) | TopK(k=9) | Typical(p=0.99, min_keep=2) | TopP(p=0.95, min_keep=2) | "
+        "MinP(p=0.01, min_keep=2) | XTC(probability=0.5, threshold=0.2, min_keep=2) | Temperature(t=0.9) | Draw(seed=3)\n"
+    )
+    assert run(*said.split())[1] == out
+
+
+def test_mirostat_and_an_order_of_one_s_own_drop_what_nobody_said(run):
+    assert run("--mirostat", "2", "--show-sampler")[2] == "Temperature(t=0.8) | Mirostat2() | Draw(seed=3)\n"
+    assert run("--order", "min_p;temperature", "--min-p", "0.1", "--show-sampler")[2] == "MinP(p=0.1) | Temperature(t=0.8) | Draw(seed=3)\n"
+
+
+def test_the_checkpoint_s_settings_stand_where_nothing_is_said():
+    known = {
+        "temperature": 0.6,
+        "typical_p": 0.9,
+        "no_repeat_ngram_size": 3,
+        "bad_words_ids": [[5]],
+        "eos_token_id": 2,
+        "num_beams": 4,
+        "forced_eos_token_id": [1],
+    }
+    assert settings(known, {}) == {"temperature": 0.6, "top_k": 40, "typical_p": 0.9, "no_repeat_ngram_size": 3, "bad_words_ids": [[5]]}
+    assert settings(known, {"mirostat": 1}) == {"temperature": 0.6, "no_repeat_ngram_size": 3, "bad_words_ids": [[5]], "mirostat": 1}
+    assert settings(known, {"typical_p": 0.5, "bad_words": []}, ["top-h=0.3", "order=llama.cpp"])["typical_p"] == 0.5
+    assert settings({}, {}, [f"logit_bias={json.dumps([[3, -2.0]])}"])["logit_bias"] == [[3, -2.0]]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--set", "adaptiv_target=1"], "no setting 'adaptiv_target' of a sampler. Did you mean 'adaptive_target'"),
+        (["--set", "x"], "--set takes NAME=VALUE, such as adaptive_target=0.4, but got 'x'"),
+        (["--set", "top_k=3", "--top-k", "2"], "top_k was given twice, as 2 and as 3"),
+        (["--set", "top_a=much"], "top_a is a number or None, but a text was given"),
+        (["--xtc-threshold", "0.2"], "xtc_threshold was given without xtc_probability"),
+        (["--mirostat", "2", "--top-k", "5"], "TopK(k=5) cannot go with it"),
+        (["--order", "lama.cpp"], "no order of samplers named 'lama.cpp'"),
+    ],
+)
+def test_a_mistake_ends_in_a_sentence(run, args, words):
+    code, out, err = run(*args)
+    assert code == 2 and words in err and "Traceback" not in err and out == ""
