@@ -115,7 +115,10 @@ class _Cold(subprocess.Popen):  # type: ignore[type-arg]
     """A program that starts from nothing."""
 
     def __init__(self, arguments: list[str], cwd: str, environment: dict[str, str], files: tuple[int, int, int]) -> None:
-        super().__init__([sys.executable, *arguments], cwd=cwd, env=environment, stdin=files[0], stdout=files[1], stderr=files[2])
+        # What runs in the background is often told to ignore interrupts, and would tell its programs.
+        command = [sys.executable, *arguments]
+        listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        super().__init__(command, cwd=cwd, env=environment, stdin=files[0], stdout=files[1], stderr=files[2], preexec_fn=listen if os.name == "posix" else None)
 
 
 class _Forked:

@@ -15,6 +15,7 @@ from glassformer.core.modes import evaluating
 from glassformer.look.changes import Scale, Zero
 from glassformer.look.comparison import compare, mean_gradient
 from glassformer.look.edits import Intervention, load_edits
+from glassformer.look.figure import mark
 from glassformer.look.next_tokens import candidates
 from look import zoo
 
@@ -214,6 +215,11 @@ def test_they_show_themselves(tmp_path: Path):
     assert two.save(tmp_path / "c.json").stat().st_size > 500
     exchanged = compare(model, "the old man saw", "the old dog saw", k=5, tokenizer=tokenizer)
     assert "exchanged: man → dog" in str(exchanged)
+
+
+def test_a_mark_of_punctuation_stands_in_quotes():
+    """Alone beside a bar a comma is hardly seen; words and longer marks stay as they are."""
+    assert [mark(t) for t in (",", ".", '"', "'", "·,", "a", "...", "")] == ["','", "'.'", "'\"'", "“'”", "'·,'", "a", "...", ""]
 
 
 def test_from_the_command_line(tmp_path: Path, capsys, monkeypatch):

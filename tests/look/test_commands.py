@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import warnings
 from typing import Any
@@ -104,3 +106,16 @@ def test_what_a_run_said_stays_with_its_model(run: Any, tmp_path: Any) -> None:
     published.origin = {"config": {"max_position_embeddings": 6}}
     with pytest.warns(GlassformerWarning, match=r"The text has 7 tokens, but this model names 6 positions in its config: .* give its first 6 tokens"):
         read(published, zoo.ids(7))
+
+
+def test_a_pipe_that_is_closed_early_costs_no_file(run: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    files = [tmp_path / "lens.json", tmp_path / "lens.csv"]
+    monkeypatch.setattr("sys.stdout", Closed())
+    with contextlib.suppress(BrokenPipeError, SystemExit):
+        cli.main(["look", "lens", "the old man", "--model", str(run), *(x for f in files for x in ("--out", str(f)))])
+    monkeypatch.undo()
+    assert all(f.stat().st_size for f in files)

@@ -237,6 +237,8 @@ def test_statistics_are_of_the_heads_that_were_asked_for(model, words, tmp_path)
     torch.testing.assert_close(one.mean.float(), x.mean(0), atol=1e-5, rtol=1e-5)
     acts = activations(model, [TEXT], SITES, tmp_path / "a", tokenizer=words, context=10)
     found = site_statistics(acts, sites="blocks.*.resid_post")
+    axes = found.plot().axes[0]
+    assert axes.yaxis.get_major_formatter()(100.0) == "100" and axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1
     assert [s.site for s in found.sites] == acts.sites[1:]
     for arguments, options, said in (
         ((acts, "text.txt"), {}, "leave texts and most out"),

@@ -194,6 +194,14 @@ def test_what_is_asked_from_outside_is_what_is_asked_of_ours(both: tuple[str, An
         look.logit_lens(f, ids, of="resid_mid")
 
 
+def test_roles_of_heads_from_outside_are_those_of_ours(both: tuple[str, Any, Any]) -> None:
+    name, theirs, ours = both
+    outside, inside = (look.head_roles(m, TOKENS[0].tolist(), repeats=2, length=8) for m in (foreign(theirs), ours))
+    assert outside.repeats.shape == inside.repeats.shape and not outside.texts.isnan().all() and not outside.repeats.isnan().all(), name
+    torch.testing.assert_close(outside.texts, inside.texts, atol=1e-4, rtol=1e-4, equal_nan=True)
+    torch.testing.assert_close(outside.repeats, inside.repeats, atol=1e-4, rtol=1e-4, equal_nan=True)
+
+
 def test_what_sublayers_give_sums_to_the_stream() -> None:
     """OPT hands all rows to its feed-forward as one; Falcon adds attention into what its feed-forward has given; Olmo 2 norms what is added."""
     more = {"num_key_value_heads": 2}

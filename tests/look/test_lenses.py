@@ -194,13 +194,16 @@ def test_from_the_command_line(tmp_path: Path, capsys, monkeypatch):
     assert cli.main(["look", "lens", "the old man", "--model", "m", "--tune", "some.txt"]) == 0
     out = capsys.readouterr().out
     assert "KL before" in out and "Tuned lens: the stream after each block" in out and Path("m/tuned_lens.json").exists()
-    assert cli.main(["look", "lens", "the old man", "--model", "m", "--tune", "missing.txt"]) == 0, "the saved one is used"
+    assert cli.main(["look", "lens", "the old man", "--model", "m", "--tune", "missing.txt"]) == 2, "a saved one is no reason to let a misspelt file pass"
+    assert "'missing.txt' is no file: --tune reads the text that a lens is trained on" in capsys.readouterr().err
+    assert cli.main(["look", "lens", "the old man", "--model", "m", "--tune", "some.txt"]) == 0, "the saved one is used"
     assert "KL before" not in capsys.readouterr().out
     gf.save(zoo.model("llama", seed=1), tmp_path / "m", tokenizer=zoo.words())
     assert cli.main(["look", "lens", "the old man", "--model", "m", "--tuned", "m"]) == 2
     assert "trained for another model" in capsys.readouterr().err
-    assert cli.main(["look", "lens", "the old man", "--model", "m", "--tune", "missing.txt"]) == 2
-    assert "'missing.txt' cannot be read as text" in capsys.readouterr().err
+    Path("no_text.bin").write_bytes(b"\xff\xfe\xfd")
+    assert cli.main(["look", "lens", "the old man", "--model", "m", "--tune", "no_text.bin"]) == 2
+    assert "'no_text.bin' cannot be read as text" in capsys.readouterr().err
 
 
 def test_wrong_kinds_say_so():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,27 @@ def test_the_estimate_is_the_slope() -> None:
         torch.testing.assert_close(found.values, found.exact, rtol=2e-2, atol=2e-7)
     assert "Pearson" in str(found) and found.plot(dark=True) is not None
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("direction", "nothing"), [("denoise", 0.0), ("noise", 1.0)])
+def test_an_estimate_is_a_change_and_says_so(direction: str, nothing: float) -> None:
+    """The exact value is the exact change plus what a patch gives that changes nothing; both tables and both figures name their number."""
+    model, rest = zoo.model("llama"), given("llama") | {"site": "z", "direction": direction}
+    value, change = activation_patch(model, **rest), attribution_patch(model, **rest, exact=True)
+    assert change.exact is not None
+    torch.testing.assert_close(value.values, change.exact + nothing, atol=1e-4, rtol=1e-4)
+    assert value.grid().columns[-1] == "logit difference, normalised"
+    assert f"a patch that changes nothing gives {nothing:g}" in value.grid().note
+    assert change.grid().columns[-2:] == ("change of logit difference, normalised", "exact change")
+    assert f"({direction}): change of logit difference of" in change.title and "(0: nothing changed)" in change.grid().note
+    for result in (value, change):
+        assert [a.get_ylabel() for a in result.plot().axes][-1] == "change, normalised"
+
+
+def test_a_path_of_one_layer_is_refused() -> None:
+    for site, name in (("blocks.9.resid_pre", "resid_pre"), ("blocks.*.attn.z", "attn.z"), ("decoder.blocks.0.resid_pre", "resid_pre")):
+        with pytest.raises(SiteError, match=re.escape(f"every layer from 0 to 2 is asked: give the name within a block, {name!r}")):
+            activation_patch(zoo.model("llama"), **given("llama"), site=site)
 
 
 def test_a_sweep_asks_for_each_layers_path_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,6 +349,18 @@ def test_tracing_is_its_loop(name: str) -> None:
     if last is not None:
         assert float(found.values[0, -1, -1]) == pytest.approx(found.clean, abs=1e-6)  # the last stream at the last position is all that is read
     assert "* the subject" in str(found) and found.plot() is not None
+
+
+def test_tracing_says_where_nothing_was_lost() -> None:
+    """Noise that lowers no probability leaves nothing to restore: note and figure say so; one colour bar for all panels."""
+    model, text = zoo.model("gpt2"), zoo.ids(6)
+    found = causal_trace(model, text, [1, 2], samples=1)
+    for clean, lost in ((found.corrupted + 0.1, False), (found.corrupted, True), (found.corrupted / 2, True)):
+        made = replace(found, clean=clean)
+        figure = made.plot()
+        assert made.lowered is not lost and len(figure.axes) == len(made.kinds) + 1
+        for shown in (made.grid().note, figure.get_suptitle()):
+            assert ("The noise did not lower the probability, so there is nothing to restore" in shown) is lost
 
 
 def test_tracing_says_what_is_missing() -> None:

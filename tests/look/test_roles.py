@@ -238,7 +238,7 @@ def test_targets_of_a_repeated_row() -> None:
 def test_shows_itself(tmp_path: Path) -> None:
     found = head_roles(planted.planted(CIRCUIT), some_ids(30, 1))
     text = str(found)
-    assert "induction" in text and "An even head gets" in text and "Roles of 8 heads on 30 tokens of text" in text
+    assert "induction" in text and "An even head gets" in text and "Heads with a role come first" in text and "Roles of 8 heads on 30 tokens of text" in text
     for suffix in ("html", "json", "csv"):  # the page draws it in light and in dark
         assert found.save(tmp_path / f"a.{suffix}").stat().st_size > 500
     assert found.to_dict()["definitions"] == DEFINITIONS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,8 @@ def test_an_encoder_decoder_is_steered_while_it_writes() -> None:
 def test_steer_shows_them_side_by_side() -> None:
     model, vector = made(size=20)
     found = steer(model, TEXT, vector, [1.0, 5.0], max_new_tokens=5, eos_id=())
+    lines = replace(found, texts=("one\ntwo", *found.texts[1:]))
+    assert lines.grid().rows[0][1] == "one⏎two" and lines.texts[0] == "one\ntwo"
     assert found.strengths == (0.0, 1.0, 5.0) and [len(i) for i in found.ids] == [5, 5, 5]
     assert found.ids[0] == tuple(generate(model, TEXT, max_new_tokens=5, eos_id=()).ids)
     assert found.kl[0] == 0 and found.kl[2] > 0 and found.logprob[0] > found.logprob[2]

@@ -23,7 +23,7 @@ from glassformer.text.shown import short
 
 from .comparison_parts import mean_gradient, parts_of
 from .distributions import js, kl
-from .figure import Theme, bars, heatmap, lines, plain_text
+from .figure import Theme, bars, heatmap, lines, mark, plain_text
 from .lens_reading import stream_sites
 from .next_tokens import check_k, joined, quoted
 from .result import Cell, Grid, Result
@@ -165,7 +165,8 @@ class Comparison(Result):
         for kind, x in (("c", self.cross), ("", self.heads)):
             if x is not None:
                 values, names = torch.cat([x, values], 1), [f"{kind}{j}" for j in range(x.shape[1])] + names
-        heatmap(axes, theme, values, layers, names, title=f"Change of the logit of {self.target}: {self.change:+.3g}", x="head", signed=True)
+        target = " − ".join(map(mark, self.target.split(" − ")))
+        heatmap(axes, theme, values, layers, names, title=f"Change of the logit of {target}: {self.change:+.3g}", x="head", signed=True)
 
     def _draw_tokens(self, axes: Any, theme: Theme) -> None:
         """Paired bars: a token's probability after either text."""
@@ -173,7 +174,7 @@ class Comparison(Result):
         y = np.arange(n)
         for which, shift in ((0, -0.2), (1, 0.2)):
             axes.barh(y + shift, self.p[which, :n].numpy(), height=0.38, color=theme.series[which], label=plain_text(short(self.texts[which], 40)))
-        bars(axes, theme, [short(t, 16) for t in self.tokens[:n]], np.zeros(n), title="Tokens whose probability changes most", x="probability")
+        bars(axes, theme, [mark(short(t, 16)) for t in self.tokens[:n]], np.zeros(n), title="Tokens whose probability changes most", x="probability")
         axes.legend(fontsize=8, labelcolor=theme.ink, facecolor=theme.paper, edgecolor=theme.grid, loc="lower right")
 
 

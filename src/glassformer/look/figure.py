@@ -8,6 +8,7 @@ bars      a number for each of some names, the largest first
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -81,10 +82,12 @@ def heatmap(
     signed: bool = False,
     texts: Sequence[Sequence[str]] | None = None,
     limit: float | None = None,
-) -> None:
-    """[rows columns] as colours, NaN left empty.
+    bar: bool = True,
+) -> Any:
+    """[rows columns] as colours, NaN left empty. Returns the image.
 
-    ``signed``: two colours away from zero. ``texts``: written into the cells. ``limit``: the value of the full colour.
+    ``signed``: two colours away from zero. ``texts``: written into the cells. ``limit``: the value of the full colour. ``bar``: whether a
+    :func:`colour_bar` stands beside it.
     """
     data = np.ma.masked_invalid(np.asarray(values, dtype=float))
     finite = np.abs(data.compressed())
@@ -95,24 +98,30 @@ def heatmap(
     dress(axes, theme, title, x, y, grid=False)
     _ticks(axes, "x", columns)
     _ticks(axes, "y", rows)
-    bar = axes.figure.colorbar(image, ax=axes, fraction=0.04, pad=0.01)
-    bar.set_label(label, color=theme.dim, fontsize=9)
-    bar.ax.tick_params(colors=theme.dim, labelsize=8)
-    bar.outline.set_visible(False)
+    if bar:
+        colour_bar([axes], theme, image, label, fraction=0.04)
     if texts is not None:
         for i, row in enumerate(texts):
             for j, text in enumerate(row):
                 strong = abs(float(np.ma.filled(data[i, j], 0.0))) > 0.55 * top
                 ink = theme.paper if strong else theme.ink
                 axes.text(j, i, plain_text(text), ha="center", va="center", fontsize=7, color=ink)
+    return image
+
+
+def colour_bar(axes: Sequence[Axes], theme: Theme, image: Any, label: str, fraction: float = 0.02) -> None:
+    """The scale of an image's colours, beside all ``axes`` that share it; ``fraction``: its share of their room."""
+    bar = axes[0].figure.colorbar(image, ax=list(axes), fraction=fraction, pad=0.01)
+    bar.set_label(label, color=theme.dim, fontsize=9)
+    bar.ax.tick_params(colors=theme.dim, labelsize=8)
+    bar.outline.set_visible(False)
 
 
 def lines(axes: Axes, theme: Theme, x: Sequence[float], named: Mapping[str, Any], *, title: str = "", x_name: str = "", y_name: str = "") -> None:
-    """One line per name."""
+    """One line per name, with marks where the points are few."""
     for i, (name, values) in enumerate(named.items()):
-        axes.plot(
-            x, np.asarray(values, dtype=float), label=plain_text(name), color=theme.series[i % len(theme.series)], linewidth=1.8, marker="o", markersize=3
-        )
+        y, color, marker = np.asarray(values, dtype=float), theme.series[i % len(theme.series)], "o" if len(x) <= MOST_LABELS else ""
+        axes.plot(x, y, label=plain_text(name), color=color, linewidth=1.8, marker=marker, markersize=3)
     dress(axes, theme, title, x_name, y_name)
     if len(named) > 1 or any(named):
         axes.legend(fontsize=8, labelcolor=theme.ink, facecolor=theme.paper, edgecolor=theme.grid)
@@ -148,6 +157,14 @@ def colours(theme: Theme, signed: bool) -> Any:
 def plain_text(text: str) -> str:
     """A label as it is: matplotlib would set what stands between two dollar signs as a formula, and its font has no pictures of control characters."""
     return re.sub("[\u2400-\u2421]", lambda m: f"‹{(ord(m[0]) - 0x2400):02X}›", text.replace("$", r"\$"))
+
+
+def mark(token: str) -> str:
+    """A token as a label: one punctuation character, with or without a space before it, which alone is hardly seen, in quotes."""
+    own = token[-1:]
+    if token not in (own, f"·{own}") or not own or not unicodedata.category(own).startswith("P"):
+        return token
+    return f"“{token}”" if own in "'‘’" else f"'{token}'"
 
 
 def _ticks(axes: Axes, which: str, names: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glassformer.core.errors import InputError, did_you_mean
+from glassformer.core.errors import InputError, SiteError, did_you_mean
 from glassformer.core.tap import Tap
 
 from .subject import Positions, Subject, Text, check_reads_tokens, choose, feedforward_of, read, read_pair
@@ -28,6 +29,10 @@ def site_path(s: Subject, site: str, layer: int) -> str:
     name = f"attn.{name}" if name in HEAD_SITES else name
     if name.startswith("ffn."):
         name = f"{feedforward_of(s.stack, layer)}.{name[4:]}"
+    if whole := re.fullmatch(r"(?:encoder\.|decoder\.)?blocks\.[^.]+\.(.+)", site):
+        raise SiteError(
+            f"{site!r} is the path of one layer's site, but every layer from 0 to {s.layers - 1} is asked: give the name within a block, {whole[1]!r}."
+        )
     path = f"blocks.{layer}.{name}"
     s.path(path)
     return path

@@ -62,11 +62,16 @@ class Patched(Result):
 
     @property
     def title(self) -> str:
-        return f"{self.kind} of {self.site} by {', '.join(self.by)} ({self.direction}): {self.metric}"
+        return f"{self.kind} of {self.site} by {', '.join(self.by)} ({self.direction}): {'change of ' * self._estimated}{self.metric}"
+
+    @property
+    def _estimated(self) -> bool:
+        """Whether the numbers are changes by the patch (0: nothing changed), and not the metric with the patch made."""
+        return self.kind.startswith("attribution")
 
     @property
     def _still(self) -> float:
-        return 0.0 if self.kind.startswith("attribution") else unchanged(self.clean, self.corrupted, self.direction, self.normalised)
+        return 0.0 if self._estimated else unchanged(self.clean, self.corrupted, self.direction, self.normalised)
 
     def best(self, n: int = 5) -> list[tuple[tuple[str, ...], float]]:
         """The ``n`` patches that change the metric most, as names and values."""
@@ -78,24 +83,28 @@ class Patched(Result):
     def grid(self) -> Grid:
         both = self.exact is not None
         rows = [(*(place), value, *((float(self.exact[self._index(place)]),) if self.exact is not None else ())) for place, value in self.best(10**9)]
-        scale = scale_of(self.clean, self.corrupted, self.normalised)
-        if self.kind.startswith("attribution"):
-            scale = "estimated change of the metric by the patch, " + ("in units of clean less corrupted" if self.normalised else "as it is")
+        column, exact = column_of(self.metric, self.normalised), "exact"
+        scale = f"{scale_of(self.clean, self.corrupted, self.normalised)}; a patch that changes nothing gives {self._still:.4g}"
+        if self._estimated:
+            column, exact = f"change of {column}", "exact change"
+            scale = "estimated change of the metric by the patch (0: nothing changed), "
+            scale += "in units of clean less corrupted" if self.normalised else "as it is"
         agree = agreement(self.pearson, self.spearman, "the exact sweep")
-        return Grid((*self.by, column_of(self.metric, self.normalised), *(("exact",) if both else ())), tuple(rows), f"{scale}{agree}")
+        return Grid((*self.by, column, *((exact,) if both else ())), tuple(rows), f"{scale}{agree}")
 
     def _index(self, place: Sequence[str]) -> tuple[int, ...]:
         return tuple(names.index(p) for names, p in zip(self.names, place, strict=True))
 
     def draw(self, figure: Figure, theme: Theme) -> None:
         rows, columns = self._rows(), self.names[-1]
-        panels = [(self.values, self.title)] if self.exact is None else [(self.values, "estimate"), (self.exact, f"exact (Pearson {self.pearson:.3f})")]
+        panels = [(self.values, self.title)]
+        if self.exact is not None:
+            panels = [(self.values, "estimated change"), (self.exact, f"exact change (Pearson {self.pearson:.3f})")]
+        label = "change, normalised" if self.normalised else "change"  # of the metric, which the title names
         for axes, (values, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            shown = values.reshape(len(rows), len(columns)) - (self._still if not self.kind.startswith("attribution") or values is not self.exact else 0.0)
+            shown = values.reshape(len(rows), len(columns)) - self._still
             low = " and ".join(self.by[:-1]) or ""
-            heatmap(
-                axes, theme, shown, rows, columns, title=title, x=self.by[-1], y=low, label="change, normalised" if self.normalised else "change", signed=True
-            )
+            heatmap(axes, theme, shown, rows, columns, title=title, x=self.by[-1], y=low, label=label, signed=True)
         if self.exact is not None:
             figure.suptitle(self.title, color=theme.ink, fontsize=11)
 

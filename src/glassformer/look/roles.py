@@ -161,6 +161,8 @@ class HeadRoles(Result):
         token = ", ".join(r for r, m in zip(ROLES, self.measured_on, strict=True) if m == "repeats" and r in shown)
         where = f"Measured on repeated random tokens: {token}; the rest on the texts." if self.tokens else "All measured on repeated random tokens."
         note = "" if self.asked is None else f"{self._answer()}\n"
+        if self.asked is None:
+            note += "Heads with a role come first, the highest of their roles' scores first; then those without one, by the highest of all scores. "
         note += f"Named at half of the way from an even head to all weight on the target (uniform: from {EVEN}). An even head gets: {even}. {where}"
         return Grid(("head", "roles", *shown, "entropy", "distance"), tuple(rows), note)
 

@@ -121,13 +121,21 @@ class SiteStatistics(Result):
         )
 
     def draw(self, figure: Figure, theme: Theme) -> None:
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
         axes = figure.add_subplot()
         few = self.sites[:: -(-len(self.sites) // 8)]
         t = max(len(s.norm_by_position) for s in few)
         named = {s.site: [*s.norm_by_position.tolist(), *[float("nan")] * (t - len(s.norm_by_position))] for s in few}
         lines(axes, theme, list(range(t)), named, title="Mean norm by position", x_name="position in the window", y_name="norm")
         axes.set_yscale("log")
-        axes.tick_params(which="both", colors=theme.dim, labelsize=8)  # a logarithmic axis has names between, too
+        low, high = axes.get_ylim()
+        between = (2, 5) if high < 1000 * low else ()  # over less than three decades the powers of ten alone are too few names
+        axes.yaxis.set_minor_locator(LogLocator(subs=between) if between else NullLocator())
+        for kind in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            kind(FuncFormatter(lambda v, _: f"{v:g}"))
+        axes.tick_params(which="both", colors=theme.dim, labelsize=8)
+        axes.legend(fontsize=8, labelcolor=theme.ink, facecolor=theme.paper, edgecolor=theme.grid, loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
 
 def site_statistics(

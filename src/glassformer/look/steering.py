@@ -50,7 +50,7 @@ class Steered(Result):
         return f"steering along {self.label} at {self.path}"
 
     def grid(self) -> Grid:
-        rows = tuple((s, t, float(k), float(p)) for s, t, k, p in zip(self.strengths, self.texts, self.kl, self.logprob, strict=True))
+        rows = tuple((s, t.replace("\n", "⏎"), float(k), float(p)) for s, t, k, p in zip(self.strengths, self.texts, self.kl, self.logprob, strict=True))
         return Grid(
             ("strength", "continuation", "KL, bits", "log-probability"),
             rows,

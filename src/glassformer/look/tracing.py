@@ -21,7 +21,7 @@ from torch import Tensor
 from glassformer.core.errors import InputError
 from glassformer.core.tap import Edit, Tap
 
-from .figure import Theme, heatmap
+from .figure import Theme, colour_bar, heatmap, plain_text
 from .patching_question import site_path
 from .result import Grid, Result
 from .subject import Positions, Subject, Text, check_reads_tokens, check_whole, choose, read, with_weights
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STATES = {"resid": "resid_post", "attn": "attn.out", "ffn": "ffn.out"}
+NOTHING_LOST = "The noise did not lower the probability, so there is nothing to restore"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,11 @@ class Traced(Result):
     def title(self) -> str:
         return f"causal tracing of {self.target}: probability {self.clean:.3g}, {self.corrupted:.3g} with noise on the subject"
 
+    @property
+    def lowered(self) -> bool:
+        """Whether the noise lowered the probability: only then is there something to restore."""
+        return self.corrupted < self.clean
+
     def _labels(self) -> list[str]:
         return [f"{p}*" if i in self.subject else p for i, p in enumerate(self.pieces)]
 
@@ -69,6 +75,7 @@ class Traced(Result):
         rows = tuple((k, layer, i, labels[i], p, p - self.corrupted) for k, layer, i, p in self.best(self.values.numel()))
         note = f"* the subject; noise {self.noise:g} times the embeddings' standard deviation, mean of {self.samples} samples; "
         note += f"attn and ffn in windows of {self.window} layers"
+        note += "" if self.lowered else f"\n{NOTHING_LOST}: the effects are not to be read as restoring the answer."
         return Grid(("restored", "layer", "position", "token", "probability", "effect"), rows, note)
 
     def draw(self, figure: Figure, theme: Theme) -> None:
@@ -76,8 +83,9 @@ class Traced(Result):
         rows = [f"{i} {p}" for i, p in enumerate(labels)]
         effect = self.values - self.corrupted
         top = max(abs(self.clean - self.corrupted), float(effect.abs().max()))
-        for axes, kind, values in zip(figure.subplots(1, len(self.kinds), squeeze=False)[0], self.kinds, effect, strict=True):
-            heatmap(
+        panels = figure.subplots(1, len(self.kinds), squeeze=False)[0]
+        for axes, kind, values in zip(panels, self.kinds, effect, strict=True):
+            image = heatmap(
                 axes,
                 theme,
                 values.T,
@@ -85,11 +93,12 @@ class Traced(Result):
                 [str(i) for i in range(values.shape[0])],
                 title=kind,
                 x="layer",
-                label="change of the probability",
                 limit=top,
                 signed=True,
+                bar=False,
             )
-        figure.suptitle(self.title, color=theme.ink, fontsize=11)
+        colour_bar(panels, theme, image, "change of the probability")
+        figure.suptitle(plain_text(self.title if self.lowered else f"{self.title}\n{NOTHING_LOST}"), color=theme.ink, fontsize=11)
 
     def size(self) -> tuple[float, float]:
         return (max(6.0, min(15.0, 4.6 * len(self.kinds))), max(3.2, min(14.0, 1.8 + 0.24 * len(self.pieces))))

@@ -31,6 +31,7 @@ from glassformer.core.errors import InputError, WeightsError
 from glassformer.core.fields import described
 from glassformer.core.numerics import wide
 from glassformer.models.encoder_decoder import EncoderDecoderModel
+from glassformer.weights.own import Loaded
 
 from .distributions import kl
 from .figure import Theme, lines
@@ -204,7 +205,7 @@ def tuned_lens(
 
 def _windows(model: Any, texts: Any, tokenizer: Tokenizer | None, most: int, context: int) -> list[Subject]:
     """The rows that are run, at least two."""
-    inner = getattr(model, "model", model)
+    inner = model.model if isinstance(model, Loaded) else model  # a foreign model holds one under that name too
     if not isinstance(texts, str | Tensor) and not (hasattr(texts, "__len__") and hasattr(texts, "__getitem__")):
         raise InputError(f"texts is a text, token ids, or a list of either, but {described(type(texts))} was given.")
     if isinstance(inner, EncoderDecoderModel):

@@ -242,6 +242,10 @@ class Watch(Tap):
     def __init__(self, paths: Sequence[str], fn: Callable[[str, Tensor], None]):
         self.paths, self.left, self._fn = tuple(paths), set(paths), fn
 
+    def patterns(self) -> tuple[Pattern, ...]:
+        """Its paths: a foreign model makes attention patterns only for who asks."""
+        return tuple(Pattern.read(p) for p in self.paths)
+
     def visit(self, path: str, x: Tensor) -> Tensor:
         if path in self.left:
             self._take(path, x)

@@ -85,12 +85,13 @@ def target_of(given: list[str] | None) -> str | tuple[str, str] | None:
 
 
 def show(result: Result, out: list[Path] | None = None, rows: int = 40) -> None:
-    """Print the answer as a table, and write it wherever ``--out`` says."""
+    """Write the answer wherever ``--out`` says, and print it as a table: in this order, so that a reader who closes the pipe early costs no file."""
     from rich.console import Console
 
+    written = [result.save(path) for path in out or ()]
     console = Console(file=sys.stdout, highlight=False)
     if not console.is_terminal:
         console = Console(file=sys.stdout, highlight=False, width=160, color_system=None)
     console.print(result.table(rows))
-    for path in out or ():
-        print(f"wrote {result.save(path)}")
+    for path in written:
+        print(f"wrote {path}")

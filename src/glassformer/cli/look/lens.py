@@ -71,6 +71,8 @@ def _tuned(loaded: Any, model: str, tune: Path | None, folder: Path | None) -> T
             raise InputError(f"A tuned lens is kept beside the model, but {model!r} is no folder: say where with --tuned DIR.")
     if tune is None:
         return load_tuned_lens(folder, loaded)
+    if not tune.is_file():
+        raise InputError(f"{str(tune)!r} is no file: --tune reads the text that a lens is trained on, also where one is saved already.")
     if (folder / FILES[1]).exists():
         try:
             return load_tuned_lens(folder, loaded)
