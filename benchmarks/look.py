@@ -95,10 +95,12 @@ def record(rounds: int) -> None:
 
     theirs = their_gpt2(12, 768, 12, 50_257, 1_024)
     model, tokens = ours(theirs), torch.randint(50_257, (4, 256))
+    kept = sorted({"blocks.*." + s.path.split(".", 2)[2] if s.path.startswith("blocks.") else s.path for s in model.sites()} - {"blocks.*.attn.result"})
     calls: dict[str, Callable[[], Any]] = {
         "plain": lambda: model(tokens),
         "patterns and residuals recorded": lambda: model(tokens, tap=Record(*RESIDUALS)),
         "every site recorded": lambda: model(tokens, tap=Record("**")),
+        "every site but the results of heads": lambda: model(tokens, tap=Record(*kept)),
     }
     calls |= peers_recording(theirs, tokens)
     with torch.no_grad():

@@ -58,11 +58,13 @@ def steer(
     tap = edits_of(edits, loaded.model)
     added = _vector(loaded, positive, negative, layer, vector, tap)
     options: dict[str, Any] = {k: v for k, v in (("temperature", temperature), ("seed", seed)) if v is not None}
-    show(steering.steer(loaded, text, added, strength or (1.0, 2.0, 4.0), positions=start, max_new_tokens=tokens, tap=tap, **options), out, rows)
-    if save_vector is not None:
-        print(f"wrote {added.save(save_vector)}")
+    found = steering.steer(loaded, text, added, strength or (1.0, 2.0, 4.0), positions=start, max_new_tokens=tokens, tap=tap, **options)
+    written = [added.save(save_vector)] if save_vector is not None else []  # before the table, as show() does
     if save_edits is not None and strength:
-        print(f"wrote {added.intervention(strength[0], start).save(save_edits)}")
+        written.append(added.intervention(strength[0], start).save(save_edits))
+    show(found, out, rows)
+    for path in written:
+        print(f"wrote {path}")
 
 
 def _vector(loaded: Any, positive: list[str] | None, negative: list[str] | None, layer: int | None, file: Path | None, tap: Any) -> SteeringVector:
