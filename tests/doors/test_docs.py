@@ -1,7 +1,7 @@
 """Every ```python block of README.md and docs/*.md runs.
 
 The blocks of one page run in order, as one program in an empty folder, at the line numbers that they have on the
-page. Pages of docs/look find a small untrained model with the tokenizer of the ``books`` recipe in ``runs/books``, where
+page. Pages of docs/look and docs/generate find a small untrained model with the tokenizer of the ``books`` recipe in ``runs/books``, where
 readers have a trained one. A block after ``<!-- not run: reason -->`` is only compiled. Lines of the command line are parsed, not run.
 """
 
@@ -52,13 +52,13 @@ def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(p, marks=pytest.mark.slow if p.parent.name == "look" else ()) for p in PAGES],  # those draw figures of a real size
+    [pytest.param(p, marks=pytest.mark.slow if p.parent.name in ("look", "generate") else ()) for p in PAGES],  # those draw figures of a real size
     ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_snippets_run(path: Path, tmp_path: Path, books: Path) -> None:
     if not path.exists():
         pytest.skip(f"{path.name} does not exist")
-    if path.parent.name == "look":
+    if path.parent.name in ("look", "generate"):
         shutil.copytree(books, tmp_path / "runs" / "books")
         (tmp_path / "images").mkdir()
     text = path.read_text(encoding="utf-8")

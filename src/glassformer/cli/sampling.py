@@ -49,13 +49,7 @@ NUMBERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "top_h", "epsi
 
 def settings(known: dict[str, Any], given: dict[str, Any], more: list[str] | None = None) -> dict[str, Any]:
     """What was said on the command line; where nothing was, what came with the checkpoint; where it says nothing either, the usual."""
-    said = {name: value for name, value in given.items() if value is not None and value != []}
-    for name, value in map(_read, more or ()):
-        if name in said:
-            from ..core.errors import SamplerError
-
-            raise SamplerError(f"{name} was given twice, as {said[name]!r} and as {value!r}: leave one out.")
-        said[name] = value
+    said = only_said(given, more)
     greedy = known.get("do_sample") is False
     usual = {"temperature": 0.0 if greedy else 0.8, "top_k": 40}
     came: dict[str, Any] = {k: v for k, v in known.items() if k in NUMBERS and isinstance(v, int | float) and not isinstance(v, bool)}
@@ -71,7 +65,19 @@ def settings(known: dict[str, Any], given: dict[str, Any], more: list[str] | Non
     return standing | said
 
 
-def _read(text: str) -> tuple[str, Any]:
+def only_said(given: dict[str, Any], more: list[str] | None = None) -> dict[str, Any]:
+    """What was said on the command line, by an option or by ``--set``; twice is an error."""
+    said = {name: value for name, value in given.items() if value is not None and value != []}
+    for name, value in map(read_setting, more or ()):
+        if name in said:
+            from ..core.errors import SamplerError
+
+            raise SamplerError(f"{name} was given twice, as {said[name]!r} and as {value!r}: leave one out.")
+        said[name] = value
+    return said
+
+
+def read_setting(text: str) -> tuple[str, Any]:
     """``NAME=VALUE``: a value is JSON, or else a text."""
     from ..core.errors import SamplerError, did_you_mean
     from ..core.fields import hints

@@ -80,6 +80,7 @@ if TYPE_CHECKING:
         attention_rollout as attention_rollout,
         value_contribution as value_contribution,
     )
+    from .sampled import Sampling as Sampling, sampling as sampling
     from .segmentation import Edge as Edge, Match as Match, Merge as Merge, Segmentation as Segmentation, Trail as Trail, segment as segment
     from .statistics import SiteStatistics as SiteStatistics, site_statistics as site_statistics
     from .steering import Steered as Steered, SteeringVector as SteeringVector, steer as steer, steering_vector as steering_vector
@@ -243,6 +244,10 @@ _DOOR = {
         "ValueContribution",
         "attention_rollout",
         "value_contribution",
+    ),
+    "sampled": (
+        "Sampling",
+        "sampling",
     ),
     "segmentation": (
         "Edge",
