@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import operator
 import os
 import statistics
 import sys
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +113,7 @@ class LlamaCpp:
     def read(self, context: Any, batch: Any, ids: list[int]) -> None:
         for at in range(0, len(ids), 512):
             part = ids[at : at + 512]
-            self.run(context, batch, part, list(range(at, at + len(part))), [0] * len(part), lambda i, n=len(part): i == n - 1)
+            self.run(context, batch, part, list(range(at, at + len(part))), [0] * len(part), partial(operator.eq, len(part) - 1))
 
     def decode(self, prompt: list[int], new: int) -> float:
         context, batch = self.context(len(prompt) + new + 8), self.lib.llama_batch_init(512, 0, 1)
