@@ -14,7 +14,7 @@ import torch
 import glassformer as gf
 from glassformer.cli import app as cli
 from glassformer.core.errors import GlassformerWarning
-from glassformer.look import ablate, ablate_heads, candidates, capture, compare, gather, head_redundancy, read, steer, steering_vector
+from glassformer.look import Add, Intervention, ablate, ablate_heads, candidates, capture, compare, gather, head_redundancy, read, steer, steering_vector
 from glassformer.look.steering import SteeringVector
 from glassformer.look.subject import read_pair
 from look import zoo
@@ -119,3 +119,28 @@ def test_a_pipe_that_is_closed_early_costs_no_file(run: Any, tmp_path: Any, monk
         cli.main(["look", "lens", "the old man", "--model", str(run), *(x for f in files for x in ("--out", str(f)))])
     monkeypatch.undo()
     assert all(f.stat().st_size for f in files)
+
+
+def test_a_misspelt_command_before_a_text_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["look", "lnes", "the fox", "--model", "somewhere"]) == 2
+    said = capsys.readouterr().err
+    assert "'lnes' is no command of look. Did you mean 'lens'" in said and "quote it" in said
+
+
+def test_a_folder_in_place_of_a_file_is_said(run: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(tmp_path)
+    for asked, answer in (
+        (["heads", folder], "it is a folder; name a file"),
+        (["lens", "the fox", "--out", folder], "is a folder, but an answer is written to a file: name one in it, such as"),
+        (["lens", "the fox", "--edits", folder], "which is a folder: name the file of edits in it"),
+    ):
+        assert cli.main(["look", *asked, "--model", str(run)]) == 2
+        assert answer in capsys.readouterr().err
+    assert cli.main(["look", "lens", "the fox", "--edits", str(tmp_path / "none.json"), "--model", str(run)]) == 2
+    assert "which does not exist: check the path" in capsys.readouterr().err
+
+
+def test_edits_that_do_not_fit_name_their_file(run: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = Intervention("wide", (Add("blocks.0.resid_post", torch.ones(7), 1.0),)).save(tmp_path / "wide.json")
+    assert cli.main(["look", "candidates", "the fox", "--edits", str(wide), "--model", str(run)]) == 2
+    assert "wide" in (said := capsys.readouterr().err) and "7" in said

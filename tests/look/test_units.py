@@ -331,7 +331,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert cli.main(["look", "neurons", str(file), "--model", str(folder), "--sparsity"]) == 0
     assert "Sparsity of feed-forward units over 14 tokens" in capsys.readouterr().out
     assert cli.main(["look", "neurons", str(file), "--model", str(folder), "--unit", "3"]) == 2
-    assert "add layer=" in capsys.readouterr().err
+    assert "add --layer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -214,7 +214,8 @@ def load_edits(path: str | os.PathLike[str]) -> Intervention:
     """The intervention of a file that :meth:`Intervention.save` wrote. Raises :class:`InputError` naming the file and what is wrong with it."""
     file = _path(path)
     if not file.is_file():
-        raise InputError(f"There is no file of edits at {str(file)!r}: check the path.")
+        what = "is a folder: name the file of edits in it" if file.is_dir() else "does not exist: check the path"
+        raise InputError(f"There is no file of edits at {str(file)!r}, which {what}.")
     if file.suffix == ".safetensors":
         return _load_tensors(file)
     if file.stat().st_size > MOST:

@@ -313,7 +313,8 @@ def read_file(path: Path) -> str:
     except FileNotFoundError:
         raise InputError(f"There is no file {str(path)!r}: give the path of a text file.") from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise InputError(f"{str(path)!r} cannot be read: {error}.") from error
+        why = "it is a folder; name a file" if isinstance(error, IsADirectoryError) else getattr(error, "strerror", None) or error
+        raise InputError(f"{str(path)!r} cannot be read: {why}.") from error
 
 
 @dataclass(frozen=True)

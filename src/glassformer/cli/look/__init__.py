@@ -52,6 +52,10 @@ class _PageByDefault(typer.core.TyperGroup):
                     f"{args[0]!r} is no command of look, and a text needs a model: glassformer look TEXT --model RUN, or one of {', '.join(self.commands)}."
                     + did_you_mean(args[0], self.commands)
                 )
+            if _is_word(args[0]) and len(args) > 1 and not args[1].startswith("-"):  # a page has one text
+                raise InputError(
+                    f"{args[0]!r} is no command of look.{did_you_mean(args[0], self.commands)} Of a text of several words a page takes one argument: quote it."
+                )
             args = [self.default, *args]
         return super().parse_args(ctx, args)
 

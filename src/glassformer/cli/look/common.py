@@ -58,9 +58,14 @@ def edits_of(path: Path | None, model: Any) -> Tap | None:
     """The edits of ``--edits`` as a tap, checked against the model."""
     if path is None:
         return None
+    from ...core.errors import GlassformerError
     from ...look.edits import load_edits
 
-    return load_edits(path).tap(model)
+    edits = load_edits(path)
+    try:
+        return edits.tap(model)
+    except GlassformerError as error:
+        raise type(error)(f"The edits of {path.name} do not fit this model. {error}") from error
 
 
 def open_loaded(model: str, device: str | None = None, dtype: str | None = None) -> Loaded:

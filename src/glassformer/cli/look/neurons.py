@@ -32,7 +32,10 @@ def neurons(
 ) -> None:
     """What single feed-forward units answer to in a text file, and which tokens they raise."""
     from ... import look
+    from ...core.errors import InputError
 
+    if unit and layer is None:
+        raise InputError("--unit names a unit within a layer, but no layer was given: add --layer.")
     loaded = open_loaded(model, device, dtype)
     if sparsity:
         show(look.sparsity(loaded, file, tokens=tokens, context=context, source=source), out, rows)
