@@ -70,12 +70,12 @@ class Ours:
     def batch(self, rows: int, new: int) -> float:
         engine = gf.Engine(self.model, slots=rows, capacity=256, prefix=False)
         tickets = [engine.submit(gf.Request([i + 1, *PROMPT], max_new_tokens=new + 1)) for i in range(rows)]
-        while engine.stats()["tokens"] < rows:
+        while engine.stats().tokens < rows:
             engine.step()
-        begun, before = time.perf_counter(), engine.stats()["tokens"]
+        begun, before = time.perf_counter(), engine.stats().tokens
         while engine.step():
             pass
-        made = engine.stats()["tokens"] - before
+        made = engine.stats().tokens - before
         assert all(len(t.result().ids) == new + 1 for t in tickets)
         return float(made / (time.perf_counter() - begun))
 

@@ -84,7 +84,8 @@ class Forecast(Result):
     def title(self) -> str:
         took = "" if self.seconds is None else f", about {self.seconds:.2g} s"
         return (
-            f"{self.batch} x {self.t} tokens: {said(self.bytes)} to be held {'in memory' if self.fits else 'on disk'}, {said(self.peak)} beside it while it runs{took}; "
+            f"{self.batch} x {self.t} tokens: {said(self.bytes)} to be held {'in memory' if self.fits else 'on disk'}, "
+            f"{said(self.peak)} beside it while it runs{took}; "
             f"the budget is {said(self.budget)}"
         )
 
