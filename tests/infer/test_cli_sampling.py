@@ -82,3 +82,26 @@ def test_the_checkpoint_s_settings_stand_where_nothing_is_said():
 def test_a_mistake_ends_in_a_sentence(run, args, words):
     code, out, err = run(*args)
     assert code == 2 and words in err and "Traceback" not in err and out == ""
+
+
+def test_combined_models_by_their_options(run, folder, capsys):
+    plain = run("--temperature", "0", "--top-k", "0")[1]
+    for said in (
+        ["--guidance-scale", "3"],
+        ["--guidance-scale", "3", "--negative-prompt", "face"],
+        ["--dola-layers", "low"],
+        ["--dola-layers", "0,1"],
+    ):
+        code, out, err = run("--temperature", "0", *said)
+        assert (code, err) == (0, "") and out.startswith("a cab") and len(out) == len(plain), said
+    # A model against itself: every plausible token is as good as the other, and the first of them is taken.
+    assert run("--temperature", "0", "--amateur", str(folder))[0] == 0
+    for said, words in (
+        (["--negative-prompt", "face"], "negative_prompt was given without guidance_scale"),
+        (["--dola-layers", "hgih"], "DoLa has no layers named 'hgih'. Did you mean 'high'"),
+        (["--dola-layers", "99"], "but layer 99 was given"),
+        (["--guidance-scale", "2", "--dola-layers", "low"], "each combine the model in their own way"),
+        (["--amateur", "nowhere"], "There is no model at 'nowhere'"),
+    ):
+        code, _, err = run(*said)
+        assert code == 2 and words in err and "Traceback" not in err

@@ -16,16 +16,21 @@ from glassformer.infer import (
     DRY,
     XTC,
     AdaptiveP,
+    AnyJSON,
     BadWords,
     Breakers,
     Chain,
+    Choices,
+    Constrained,
     Draw,
     DynamicTemperature,
     Epsilon,
     Eta,
     ForceFirst,
     ForceLast,
+    Grammar,
     Greedy,
+    JSONSchema,
     LogitBias,
     MinNewTokens,
     MinP,
@@ -33,6 +38,7 @@ from glassformer.infer import (
     Mirostat2,
     NoRepeatNGram,
     Penalties,
+    Regex,
     SequenceBias,
     Suppress,
     SuppressFirst,
@@ -43,6 +49,7 @@ from glassformer.infer import (
     TopNSigma,
     TopP,
     Typical,
+    Where,
     build_chain,
     generate,
     generation,
@@ -61,6 +68,7 @@ class Words(Pieces):
 
 
 TOK = Words("<end>", "no", " no", "\n", "a", " ")
+DIGITS = Words("<end>", "1", "2", "-", ".", ",")
 
 # One name, one link.
 ONE = [
@@ -111,6 +119,14 @@ ON_TOKENS = [
     ({"forced_eos_token_id": 3, "max_new_tokens": 9}, ForceLast((3,), 9)),
     ({"min_new_tokens": 4, "eos_id": (5, 2), "max_new_tokens": 4}, MinNewTokens(4, (2, 5))),
     ({"min_new_tokens": 4, "tokenizer": TOK}, MinNewTokens(4, (0,))),
+    ({"json_schema": {"const": 12}, "tokenizer": DIGITS}, Constrained(JSONSchema({"const": 12}), DIGITS)),
+    ({"json_schema": True, "tokenizer": DIGITS}, Constrained(AnyJSON(), DIGITS, (0,))),
+    ({"regex": "(no)+", "tokenizer": TOK, "eos_id": (4, 5)}, Constrained(Regex("(no)+"), TOK, (4, 5))),
+    ({"grammar": 'start: "no"', "tokenizer": TOK}, Constrained(Grammar('start: "no"'), TOK)),
+    ({"choices": ["no", "a"], "tokenizer": TOK}, Constrained(Choices(("no", "a")), TOK)),
+    ({"constraint": Regex("a"), "tokenizer": TOK}, Constrained(Regex("a"), TOK)),
+    ({"allowed": len}, Where(len)),
+    ({"prefix_allowed_tokens_fn": len}, Where(len)),
 ]
 
 

@@ -32,7 +32,8 @@ from glassformer.infer import (
     Typical,
 )
 from glassformer.infer.links import strongest, strongest_by_numpy
-from glassformer.infer.truncation import _cut_by_adding, _together, _together_by_numpy
+from glassformer.infer.thinning import _cut_by_adding
+from glassformer.infer.truncation import _together, _together_by_numpy
 from infer import links_in_numpy as rules
 
 B, V = 6, 150

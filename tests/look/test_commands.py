@@ -131,7 +131,7 @@ def test_a_folder_in_place_of_a_file_is_said(run: Any, tmp_path: Any, capsys: py
     folder = str(tmp_path)
     for asked, answer in (
         (["heads", folder], "it is a folder; name a file"),
-        (["lens", "the fox", "--out", folder], "is a folder, but an answer is written to a file: name one in it, such as"),
+        (["lens", "the fox", "--out", folder], "it is a folder, and an answer is a file. Name one in it, such as"),
         (["lens", "the fox", "--edits", folder], "which is a folder: name the file of edits in it"),
     ):
         assert cli.main(["look", *asked, "--model", str(run)]) == 2

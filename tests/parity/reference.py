@@ -12,6 +12,9 @@ from glassformer.core.tap import Record
 
 VOCAB = 61
 ATOL = 1e-5  # the figure, in float32
+# A step's products of few rows are summed lane by lane by compiled code, and in blocks by the reference: two orders of float32, neither of which is exact.
+# They were up to 1.13e-5 apart (DeepSeek-V2 with groups, step 9); the tokens must be the same.
+STEP_ATOL = 2e-5
 
 
 def lively(reference: Any, seed: int = 0) -> Any:
@@ -83,7 +86,7 @@ def greedy_together(model: Any, reference: Any, prompt: Tensor, n: int = 20) -> 
     with torch.no_grad():
         for step in range(n):
             logits = model(feed, cache=cache, keep=1)[:, -1]
-            close(logits, theirs.logits[step], f"logits of step {step}")
+            close(logits, theirs.logits[step], f"logits of step {step}", STEP_ATOL)
             feed = logits.argmax(-1, keepdim=True)
             ids = torch.cat([ids, feed], 1)
     assert torch.equal(ids, theirs.sequences)

@@ -21,7 +21,7 @@ import typer
 
 from .. import __version__
 from ..core.errors import CheckpointError, GlassformerError, GlassformerWarning, TrainingError
-from . import convert, dimensions, evaluate, generate, inspect, look, params, tokenizer, train, verify
+from . import chat, convert, dimensions, evaluate, generate, inspect, look, params, serve, tokenizer, train, verify
 
 OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
@@ -36,6 +36,8 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("evaluate")(evaluate.evaluate)
 app.add_typer(look.app, name="look")
 app.command("inspect")(inspect.inspect)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import sampling
+from . import beams, sampling
 from .look.common import Edits, edits_of
 
 if TYPE_CHECKING:
     from ..infer import Token, Trace
+
+
+WEIGHTS = (
+    "How the matrices are held in memory: float32, bfloat16, int8 or int4 (blocks of 32 numbers; on a CPU the fastest), or auto (float32 or "
+    "bfloat16, whichever is faster here, where both hold the file exactly). By default the file's type."
+)
 
 
 def _check_traces(places: list[str] | None) -> list[str] | None:
@@ -46,6 +52,17 @@ def generate(
     no_repeat_ngram_size: sampling.NoRepeatNGram = None,
     bad_word: sampling.BadWord = None,
     min_new_tokens: sampling.MinNewTokens = None,
+    guidance_scale: sampling.GuidanceScale = None,
+    negative_prompt: sampling.NegativePrompt = None,
+    amateur: sampling.Amateur = None,
+    dola_layers: sampling.DolaLayers = None,
+    json_schema: sampling.JSONSchemaOption = None,
+    regex: sampling.Regex = None,
+    grammar: sampling.GrammarFile = None,
+    choice: sampling.ChoiceTexts = None,
+    draft: sampling.Draft = None,
+    draft_tokens: sampling.DraftTokens = None,
+    prompt_lookup: sampling.PromptLookup = None,
     order: sampling.Order = None,
     more: sampling.More = None,
     show_sampler: sampling.ShowSampler = False,
@@ -62,10 +79,20 @@ def generate(
         ),
     ] = None,
     candidates: Annotated[int, typer.Option("--candidates", metavar="N", min=1, help="How many candidates --trace keeps of every stage.")] = 10,
+    num_beams: beams.NumBeams = None,
+    num_return_sequences: beams.NumReturn = None,
+    length_penalty: beams.LengthPenalty = None,
+    early_stopping: beams.EarlyStopping = None,
+    coverage_penalty: beams.CoveragePenalty = None,
+    num_beam_groups: beams.NumGroups = None,
+    diversity_penalty: beams.DiversityPenalty = None,
+    force_word: beams.ForceWord = None,
+    beam_tree: beams.BeamTrees = None,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a message, put into the model's own chat template.")] = False,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, ...; by default the file's (float16 becomes float32 on a CPU).")] = None,
     packed: Annotated[bool, typer.Option("--packed", help="Keep the quantised matrices of a .gguf file packed in memory.")] = False,
-    quantise: Annotated[str | None, typer.Option("--quantise", metavar="KIND", help="int8 or int4: quantise the matrices while loading.")] = None,
+    quantise: Annotated[str | None, typer.Option("--quantise", metavar="KIND", help="int8 or int4: quantise while loading, by torchao.")] = None,
+    weights: Annotated[str | None, typer.Option("--weights", metavar="KIND", help=WEIGHTS)] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps; by default the best there is.")] = None,
     edits: Edits = None,
 ) -> None:
@@ -78,15 +105,37 @@ def generate(
         | {"xtc_probability": xtc_probability, "xtc_threshold": xtc_threshold, "mirostat": mirostat, "repetition_penalty": repetition_penalty}
         | {"frequency_penalty": frequency_penalty, "presence_penalty": presence_penalty, "dry_multiplier": dry_multiplier, "bad_words": bad_word}
         | {"no_repeat_ngram_size": no_repeat_ngram_size, "min_new_tokens": min_new_tokens, "order": order}
+        | sampling.rules(json_schema, regex, grammar, choice)
+        | {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt, "dola_layers": sampling.layers(dola_layers)}
+        | ({"contrast": open_model(amateur, device, dtype, packed, quantise, weights).model} if amateur else {})
     )
-    loaded = open_model(model, device, dtype, packed, quantise)
+    loaded = open_model(model, device, dtype, packed, quantise, weights)
     text = _standard_input() if prompt == "-" else prompt
-    chosen = sampling.settings(loaded.extra.get("generation", {}), given, more)
+    asked = beams.said(
+        {"num_beams": num_beams, "num_return_sequences": num_return_sequences, "length_penalty": length_penalty, "coverage_penalty": coverage_penalty}
+        | {"num_beam_groups": num_beam_groups, "diversity_penalty": diversity_penalty, "force_words": force_word},
+        *(early_stopping, beam_tree),
+    )
+    known = loaded.extra.get("generation", {})
+    chosen = beams.settings(known, given, more, asked) if asked else sampling.settings(known, given, more)
     if show_sampler:
         print(generation(loaded, max_new_tokens=max_new_tokens, seed=seed, **chosen), file=sys.stderr)
+    beginning = "" if chat or hasattr(loaded.model, "encoder") else text  # an encoder-decoder reads the text and writes another
+    asked_of = loaded.chat([{"role": "user", "content": text}]) if chat else text
+    if asked:
+        run: dict[str, Any] = {
+            "tokenizer": tokenizer_of(loaded, model),
+            "eos_id": loaded.eos_ids,
+            "max_new_tokens": max_new_tokens,
+            "seed": seed,
+            "stop": stop or (),
+        }
+        run |= {"draft": draft, "prompt_lookup_num_tokens": prompt_lookup}  # which a search refuses
+        beams.run(loaded.model, asked_of, beginning, beam_tree, **run, **chosen, logprobs=logprobs, trace=bool(trace), tap=edits_of(edits, loaded))
+        return
     tokens = stream(
         loaded.model,
-        loaded.chat([{"role": "user", "content": text}]) if chat else text,
+        asked_of,
         tokenizer=tokenizer_of(loaded, model),
         eos_id=loaded.eos_ids,
         max_new_tokens=max_new_tokens,
@@ -96,15 +145,22 @@ def generate(
         logprobs=logprobs,
         trace=candidates if trace else False,
         tap=edits_of(edits, loaded),
+        draft=None if draft is None else open_model(draft, device, dtype, packed, quantise),
+        draft_tokens=draft_tokens,
+        prompt_lookup_num_tokens=prompt_lookup,
     )
     choices = []
-    if not logprobs and not chat and not hasattr(loaded.model, "encoder"):  # an encoder-decoder reads the text and writes another
-        print(text, end="", flush=True)
+    if not logprobs:
+        print(beginning, end="", flush=True)
+    guesses = None
     for token in tokens:
         choices.append(token.trace)
+        guesses = token.guesses
         print(_line(token) if logprobs else token.text, end="\n" if logprobs else "", flush=True)
     if not logprobs:
         print()
+    if guesses is not None:
+        print(guesses, file=sys.stderr)
     if trace:
         _show(Trace(tuple(c for c in choices if c is not None), text), trace)
 

@@ -29,7 +29,9 @@ def pick_device(name: str | None) -> str:
     return devices()[0] if name is None else str(device_named(name))
 
 
-def open_model(name: str, device: str | None = None, dtype: str | None = None, packed: bool = False, quantise: str | None = None) -> own.Loaded:
+def open_model(
+    name: str, device: str | None = None, dtype: str | None = None, packed: bool = False, quantise: str | None = None, weights: str | None = None
+) -> own.Loaded:
     """The saved model at ``name``, ready to run. Raises :class:`WeightsError` with the remedy for anything else."""
     if not is_checkpoint(name):
         remedy = "A preset has no trained weights: train one first" if name in presets.names() else "Train one first"
@@ -37,7 +39,7 @@ def open_model(name: str, device: str | None = None, dtype: str | None = None, p
             f"There is no model at {name!r}. {remedy}: glassformer train shakespeare_quick --out {name}; or give a folder from the hub, a .gguf file, or "
             "hf://owner/name."
         )
-    loaded = _load(name, pick_device(device), dtype, packed, quantise)
+    loaded = _load(name, pick_device(device), dtype, packed, quantise, weights)
     if loaded.report is None and (path := own.find(Path(name))) != Path(name):
         untrained = ", which has learnt nothing yet" if loaded.extra.get("step") == 0 else ""
         print(f"note: the run in {name} is not finished; this is its checkpoint {path.name}{untrained}", file=sys.stderr)
@@ -49,9 +51,11 @@ def is_checkpoint(name: str) -> bool:
     return name.startswith("hf://") or Path(name).expanduser().exists()
 
 
-def _load(name: str, device: str = "cpu", dtype: str | None = None, packed: bool = False, quantise: str | None = None) -> own.Loaded:
+def _load(
+    name: str, device: str = "cpu", dtype: str | None = None, packed: bool = False, quantise: str | None = None, weights: str | None = None
+) -> own.Loaded:
     try:
-        return opened.load(name, device, dtype, packed=packed, quantise=quantise)
+        return opened.load(name, device, dtype, packed=packed, quantise=quantise, weights=weights)
     except WeightsError as error:
         if unknown_part(error.__cause__):
             raise WeightsError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -32,6 +33,13 @@ DryMultiplier = Annotated[float | None, typer.Option("--dry-multiplier", help="L
 NoRepeatNGram = Annotated[int | None, typer.Option("--no-repeat-ngram-size", help="Never so many tokens in a row a second time.")]
 BadWord = Annotated[list[str] | None, typer.Option("--bad-word", help="A text that never comes. Repeatable.")]
 MinNewTokens = Annotated[int | None, typer.Option("--min-new-tokens", help="Do not end the text before so many tokens.")]
+JSONSchemaOption = Annotated[
+    str | None,
+    typer.Option("--json-schema", metavar="FILE|TEXT", help="The text is JSON of this schema: a file, or the schema itself; 'any' for any JSON."),
+]
+Regex = Annotated[str | None, typer.Option("--regex", metavar="PATTERN", help="The text matches this regular expression from end to end.")]
+GrammarFile = Annotated[str | None, typer.Option("--grammar", metavar="FILE", help="The text follows the grammar in this file: Lark, or llama.cpp's GBNF.")]
+ChoiceTexts = Annotated[list[str] | None, typer.Option("--choice", metavar="TEXT", help="The text is one of these. Repeatable.")]
 Order = Annotated[
     str | None,
     typer.Option("--order", help="In which order all this works: hf (default), llama.cpp, or names with ';' between: 'top_k;min_p;temperature'."),
@@ -40,6 +48,16 @@ More = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of generate() in Python: --set adaptive_target=0.4. Repeatable."),
 ]
+GuidanceScale = Annotated[float | None, typer.Option("--guidance-scale", help="Follow the prompt more than the model's habits (1 is off; twice the work).")]
+NegativePrompt = Annotated[str | None, typer.Option("--negative-prompt", help="The text that --guidance-scale goes away from; by default no text.")]
+Amateur = Annotated[str | None, typer.Option("--amateur", metavar="MODEL", help="A weaker model of the same tokens to go away from (contrastive decoding).")]
+DolaLayers = Annotated[str | None, typer.Option("--dola-layers", help="Go away from an early layer (DoLa): low, high, or layers such as 2,4.")]
+Draft = Annotated[str | None, typer.Option("--draft", metavar="MODEL", help="A smaller model of the same tokens that guesses for this one: same text, sooner.")]
+PromptLookup = Annotated[
+    int | None,
+    typer.Option("--prompt-lookup", metavar="N", min=1, help="Guess N tokens at a time from what stood behind the same words before; for texts that copy."),
+]
+DraftTokens = Annotated[int | None, typer.Option("--draft-tokens", metavar="N", min=1, help="How many tokens --draft guesses at a time; 5.")]
 ShowSampler = Annotated[bool, typer.Option("--show-sampler", help="Say first (on standard error) what is done in which order.")]
 
 ON_TOKENS = ("repetition_penalty", "no_repeat_ngram_size", "forced_bos_token_id", "forced_eos_token_id")
@@ -58,11 +76,19 @@ def settings(known: dict[str, Any], given: dict[str, Any], more: list[str] | Non
     if greedy:
         came.pop("temperature", None)
     standing = usual | came
+    if any(name in said for name in ("json_schema", "regex", "grammar", "choices")):
+        standing = {k: v for k, v in standing.items() if k not in ("forced_bos_token_id", "forced_eos_token_id")}  # they may break the rule
     if said.get("mirostat"):
         standing = {k: v for k, v in standing.items() if k in (*ON_TOKENS, "temperature", "bad_words_ids")}
     if ";" in str(order := said.get("order", "")):
         standing = {k: v for k, v in standing.items() if k in order.split(";")}  # an order of one's own has a place for what it names only
     return standing | said
+
+
+def layers(text: str | None) -> str | list[int] | None:
+    """``2,4`` as numbers; a name stays a name."""
+    parts = [] if text is None else text.split(",")
+    return [int(part) for part in parts] if parts and all(part.strip().isdigit() for part in parts) else text
 
 
 def only_said(given: dict[str, Any], more: list[str] | None = None) -> dict[str, Any]:
@@ -75,6 +101,25 @@ def only_said(given: dict[str, Any], more: list[str] | None = None) -> dict[str,
             raise SamplerError(f"{name} was given twice, as {said[name]!r} and as {value!r}: leave one out.")
         said[name] = value
     return said
+
+
+def rules(json_schema: str | None, regex: str | None, grammar: str | None, choices: list[str] | None) -> dict[str, Any]:
+    """What the options about the whole text say; files are read. Raises :class:`InputError` for a file that cannot be."""
+    schema: Any = json_schema
+    if json_schema is not None and not json_schema.lstrip().startswith("{"):
+        schema = True if json_schema == "any" else _file("--json-schema", json_schema)
+    return {"json_schema": schema, "regex": regex, "grammar": None if grammar is None else _file("--grammar", grammar), "choices": choices or None}
+
+
+def _file(option: str, name: str) -> str:
+    from ..core.errors import InputError
+
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{option} {name}: the file cannot be read ({error.strerror}). Check the path.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{option} {name}: the file is not UTF-8 text.") from None
 
 
 def read_setting(text: str) -> tuple[str, Any]:

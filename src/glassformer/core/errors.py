@@ -13,6 +13,9 @@
     ├── TrainingError     a run that cannot go on
     │   └── NotFinite     a loss or an activation became NaN or infinite
     ├── SamplerError      sampling settings that make no sense
+    ├── EngineError       an engine that cannot go on with a request
+    │   ├── QueueFull     too many requests wait already
+    │   └── Cancelled     somebody asked for a request to end
     └── RecipeError       a recipe or a ``--set path=value`` that cannot be read
 
 and one warning, ``GlassformerWarning``: what can be done, but may not mean what was meant.
@@ -81,6 +84,18 @@ class NotFinite(TrainingError):
 
 class SamplerError(GlassformerError, ValueError):
     """Sampling settings contradict each other or the vocabulary."""
+
+
+class EngineError(GlassformerError, RuntimeError):
+    """An engine is stopped, or cannot go on with a request."""
+
+
+class QueueFull(EngineError):
+    """Too many requests wait already; the message says how many."""
+
+
+class Cancelled(EngineError):
+    """A request was cancelled, or its engine stopped, before it had finished."""
 
 
 class RecipeError(GlassformerError, ValueError):

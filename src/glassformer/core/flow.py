@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .cache import NO_CACHE, Cache, Slot
@@ -65,16 +66,28 @@ class Pass:
 
     def at(self, name: str) -> Pass:
         """This Pass inside the part called ``name``."""
-        if self.tap is None and not self.slots:
-            return self
-        return replace(self, path=f"{self.path}.{name}" if self.path else name, slot=self.slots.get(name, NO_CACHE))
+        slot = self.slots.get(name, NO_CACHE)
+        if self.tap is None:  # only a tap asks for paths
+            return self if slot is self.slot else self._with(slot=slot)
+        return self._with(path=f"{self.path}.{name}" if self.path else name, slot=slot)
 
     def layer(self, i: int) -> Pass:
         """This Pass inside block ``i``; the stack knows the number, the block never does."""
         if self.tap is None and self.cache is None:
             return self
         slots = self.cache.layers[i] if self.cache is not None else {}
-        return replace(self, path=f"{self.path}.blocks.{i}" if self.path else f"blocks.{i}", slots=slots)
+        if self.tap is None:
+            return self._with(slots=slots)
+        return self._with(path=f"{self.path}.blocks.{i}" if self.path else f"blocks.{i}", slots=slots)
+
+    def _with(self, **changed: Any) -> Pass:
+        """A copy but for some fields."""
+        if torch.compiler.is_compiling():
+            return replace(self, **changed)
+        new = object.__new__(Pass)  # `replace` takes ten times as long, and this runs several times per layer and token
+        new.__dict__.update(self.__dict__)
+        new.__dict__.update(changed)
+        return new
 
 
 class Ledger:

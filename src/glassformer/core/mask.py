@@ -13,9 +13,9 @@ encoding is given: packed documents may restart their positions, their places go
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -161,16 +161,40 @@ class Not(Mask):
 # From a rule to what a kernel takes
 
 
-@dataclass(frozen=True)
 class Resolved:
     """A mask for one call: ``dense`` None and ``causal`` False hide nothing, ``causal`` hides the upper triangle.
 
-    ``dense``: [b|1, 1, t, s] boolean, True where the key is visible.
+    ``dense``: [b|1, 1, t, s] boolean, True where the key is visible; made when it is first asked for.
+    ``ends``: where it hides what is later, and keys lie in the order of their places, how many keys each query sees from key 0 on,
+    [t] or [b t] (None: not that simple). ``window``: of those only the last so many (0: all). Who reads these two needs no dense mask.
     """
 
-    rule: Mask
-    causal: bool
-    dense: Tensor | None
+    def __init__(
+        self,
+        rule: Mask,
+        causal: bool,
+        dense: Tensor | None = None,
+        *,
+        make: Callable[[], Tensor] | None = None,
+        ends: Tensor | None = None,
+        window: int = 0,
+    ):
+        self.rule, self.causal, self._dense, self._make = rule, causal, dense, make
+        self.ends, self.window = ends, window
+        self.places: Tensor | None = None  # of the keys, [s] or [b s], and who sees which: for deterministic mode only
+        self.seen: Any = None
+
+    @property
+    def dense(self) -> Tensor | None:
+        """The boolean matrix (None: nothing hidden, or the upper triangle)."""
+        if self._make is not None:
+            self._dense, self._make = self._make(), None
+        return self._dense
+
+    @property
+    def everything(self) -> bool:
+        """Whether every query sees every key."""
+        return self._dense is None and self._make is None and not self.causal
 
     def tensor(self, t: int, s: int, device: torch.device) -> Tensor | None:
         """The boolean form of whatever it is (None: nothing hidden)."""
@@ -179,17 +203,23 @@ class Resolved:
         return self.dense
 
 
-def resolve(mask: Mask, q_index: Tensor, k_index: Tensor, *, rows: int, newest: bool = False) -> Resolved:
+FEW = 8
+"""So many queries per row may have their mask as ``ends``: more are no decode step."""
+
+
+def resolve(mask: Mask, q_index: Tensor, k_index: Tensor, *, rows: int, newest: bool = False, in_order: bool = False) -> Resolved:
     """Decide what a kernel must be told.
 
     ``q_index`` [t] or [b t] and ``k_index`` [s] or [b s] hold places; the same object means that
     queries and keys are the same row (no cache before them). ``newest``: one query per row, and no
-    key lies beyond it, so causality hides nothing. Keys with a negative place do not exist.
+    key lies beyond it, so causality hides nothing. ``in_order``: key ``j`` of a row is the one at place ``j``.
+    Keys with a negative place do not exist.
     """
     terms = mask.terms if isinstance(mask, And) else (mask,)
     aligned, t = q_index is k_index, q_index.shape[-1]
     if aligned:
         terms = tuple(m for m in terms if not (isinstance(m, Window) and m.size >= t))
+    causal = newest or any(isinstance(m, Causal) for m in terms)
     if newest:
         terms = tuple(m for m in terms if not isinstance(m, Causal))
         terms = tuple(m for m in terms if not (isinstance(m, Window) and m.size >= k_index.shape[-1]))
@@ -199,10 +229,17 @@ def resolve(mask: Mask, q_index: Tensor, k_index: Tensor, *, rows: int, newest: 
         return Resolved(mask, False, None)
     if aligned and len(terms) == 1 and isinstance(terms[0], Causal):
         return Resolved(mask, True, None)
-    q = (q_index if q_index.ndim == 2 else q_index[None])[:, :, None]
-    s = (k_index if k_index.ndim == 2 else k_index[None])[:, None, :]
-    b = torch.arange(rows, device=q_index.device)[:, None, None]
-    allowed = And(terms).allowed(b, q, s) if terms else torch.ones_like(s, dtype=torch.bool)
-    if k_index.ndim == 2:
-        allowed = allowed & (s >= 0)
-    return Resolved(mask, False, allowed[:, None])
+
+    def make() -> Tensor:
+        q = (q_index if q_index.ndim == 2 else q_index[None])[:, :, None]
+        s = (k_index if k_index.ndim == 2 else k_index[None])[:, None, :]
+        b = torch.arange(rows, device=q_index.device)[:, None, None]
+        allowed = And(terms).allowed(b, q, s) if terms else torch.ones_like(s, dtype=torch.bool)
+        if k_index.ndim == 2:
+            allowed = allowed & (s >= 0)
+        return allowed[:, None]
+
+    if in_order and causal and t <= FEW and k_index.ndim == 1 and all(isinstance(m, (Causal, Window)) for m in terms):
+        window = min((m.size for m in terms if isinstance(m, Window)), default=0)
+        return Resolved(mask, False, make=make, ends=q_index + 1, window=window)
+    return Resolved(mask, False, make())

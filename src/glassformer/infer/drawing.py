@@ -27,7 +27,7 @@ from glassformer.core.spec import part
 from .links import check_min_keep, descending, descending_by_numpy
 from .sampler import GONE, Link
 from .state import Own
-from .truncation import cut
+from .thinning import cut
 
 
 @part

@@ -30,10 +30,15 @@ from glassformer.core.errors import InputError, SamplerError, did_you_mean
 from glassformer.core.fields import check, described, hints
 from glassformer.core.tap import Tap
 
+from .combining import combine
+from .guessing import Guesses, read_draft
 from .links import Draw
 from .named import Settings, build_chain, eos_ids, renamed
 from .sampler import Chain, Link
+from .search import BeamRun, BeamTree
+from .searching import NO_STREAM, Searching, read_searching
 from .session import Session, Source
+from .speculative import Speculative
 from .text import Detokenizer, StopStrings
 from .trace import Choice, Names, Trace, read_trace
 
@@ -67,6 +72,7 @@ class Token:
     top: tuple[Candidate, ...] = ()
     finish_reason: FinishReason | None = None
     trace: Choice | None = None
+    guesses: Guesses | None = None  # on the last event of a row with a draft: what came of its guesses
 
 
 @dataclass(frozen=True)
@@ -74,8 +80,11 @@ class Generated:
     """What one row became.
 
     ``text`` (None without a tokenizer) is the new text, without end-of-sequence and from a stop string on cut off. ``ids``, ``logprobs`` and
-    ``top`` hold every token that was drawn, the last one too. ``finish_reason``: ``"eos"``, ``"stop"`` (a stop string), or ``"length"``.
-    ``trace`` (if asked for): how each token was chosen; it prints, and saves itself as a page.
+    ``top`` hold every token that was drawn, the last one too. ``finish_reason``: ``"eos"``, ``"stop"`` (a stop string, or a constraint that is met
+    and that nothing can follow), or ``"length"``.
+    ``trace`` (if asked for): how each token was chosen; it prints, and saves itself as a page. ``guesses`` (with a draft): how many were accepted.
+    After a search (``num_beams``) this is the best text, and ``beams`` are the n best, this one first, each with its ``score``; ``tree`` (if asked for)
+    holds every hypothesis that was considered.
     """
 
     text: str | None
@@ -85,6 +94,10 @@ class Generated:
     finish_reason: FinishReason
     prompt_ids: list[int]
     trace: Trace | None = None
+    guesses: Guesses | None = None
+    score: float | None = None
+    beams: tuple[Generated, ...] = field(default=(), repr=False)
+    tree: BeamTree | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return " ".join(map(str, self.ids)) if self.text is None else self.text
@@ -106,6 +119,34 @@ class Options(Settings, total=False):
     logprobs: int  # how many of the most probable tokens to report beside each
     trace: bool | int  # record what each link did to the candidates; a number says how many of every stage are kept (True: 10)
     decoder_start: int | Sequence[int] | None  # encoder-decoder: how the target begins; default the model's own (spec.start)
+    # Speculative decoding: many tokens from one forward pass
+    draft: Any  # who guesses: a smaller model of the same vocabulary, PromptLookup(), or anything with propose(ids, n)
+    draft_tokens: int | None  # how many tokens are guessed at a time; 5
+    draft_rule: str | None  # which guesses stay: "coupled" keeps the text of a seed, "rejection" accepts most; None chooses
+    prompt_lookup_num_tokens: int | None  # short for draft=PromptLookup(), draft_tokens=n
+    assistant_model: Any  # another name of draft
+    num_assistant_tokens: int | None  # another name of draft_tokens
+    num_speculative_tokens: int | None  # another name of draft_tokens
+    # Combined models: logprobs and a trace's first stage are then those of the combination
+    guidance_scale: float | None  # follow the prompt more (classifier-free guidance); 1 is off
+    negative_prompt: str | Sequence[Any] | None  # a text or ids to go away from; default no prompt at all
+    negative_prompt_ids: str | Sequence[Any] | None  # another name of negative_prompt
+    contrast: Any  # a weaker model of the same vocabulary to go away from (contrastive decoding)
+    contrast_alpha: float | None  # 0.1: tokens below this part of the best one's probability go
+    contrast_beta: float | None  # 0.5: how strongly
+    dola_layers: str | Sequence[int] | None  # "low", "high" or numbers: go away from an early layer (DoLa)
+    penalty_alpha: float | None  # contrastive search among the top_k (4) most probable; 0 is off
+    # Beam search (search.BeamSearch says how): the most probable text; with do_sample, temperature, … the beams are drawn
+    num_beams: int | None  # how many beginnings are kept at every step; 1 is no search
+    num_return_sequences: int | None  # how many of the best to give in .beams; default all that are kept
+    length_penalty: float | None  # a score is divided by the length to this power: above 0 favours long texts, below 0 short ones; 1
+    early_stopping: bool | Literal["never"] | None  # end: True: at num_beams texts; False (default): once the best beginning is behind; "never": for certain
+    coverage_penalty: float | None  # encoder-decoder: how much it costs to leave parts of the source unattended
+    num_beam_groups: int | None  # groups of beams that keep apart
+    diversity_penalty: float | None  # what a token costs each time that another group has chosen it at this step
+    force_words: str | Iterable[Any] | None  # phrases that must come: texts, lists of ids, or lists of alternatives
+    force_words_ids: Iterable[Any] | None  # another name of force_words
+    beam_tree: bool | None  # keep every hypothesis, alive and dead, in .tree
 
 
 @overload
@@ -135,10 +176,12 @@ def generate(model: Any, prompt: Prompt, *, stream: Callable[[Token], object] | 
     :class:`SamplerError` for an option of another name and for settings that make no sense; all before the model runs.
     """
     run = _Run.prepare(model, prompt, **options)
-    for token in run.events():
+    if run.search is not None and stream is not None:
+        raise SamplerError(NO_STREAM)
+    for token in run.events() if run.search is None else ():
         if stream is not None:
             stream(token)
-    done = [row.result() for row in run.rows]
+    done = [row.result() for row in run.rows] if run.search is None else run.found(run.search)
     return done[0] if run.single else done
 
 
@@ -147,7 +190,10 @@ def stream(model: Any, prompt: Prompt, **options: Unpack[Options]) -> Iterator[T
 
     Errors in the options are raised here, not at the first token. The texts of a row's events, joined, are its ``Generated.text``.
     """
-    return _Run.prepare(model, prompt, **options).events()
+    run = _Run.prepare(model, prompt, **options)
+    if run.search is not None:
+        raise SamplerError(NO_STREAM)
+    return run.events()
 
 
 # One run
@@ -170,13 +216,14 @@ class _Row:
     shown: list[str] = field(default_factory=list)
     finish: FinishReason | None = None
     choices: list[Choice] | None = None  # if a trace is asked for
+    guesses: Guesses | None = None
 
     def __post_init__(self) -> None:
         self.names = Names(self.tokenizer)
         self.detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer, self.context)
 
-    def take(self, token: int, logprob: float, top: list[tuple[int, float]], choice: Choice | None = None) -> Token:
-        """Add a token, decide whether the row ends, and say what may be shown."""
+    def take(self, token: int, logprob: float, top: list[tuple[int, float]], choice: Choice | None = None, ended: bool = False) -> Token:
+        """Add a token, decide whether the row ends (``ended``: a link of the sampler says so), and say what may be shown."""
         if choice is not None and self.choices is not None:
             choice = replace(choice, names=self.names)
             self.choices.append(choice)
@@ -186,6 +233,8 @@ class _Row:
         text, stopped = "", False
         if token in self.eos:
             self.finish = "eos"
+        elif ended:
+            self.finish = "stop"
         elif len(self.ids) == self.limit:
             self.finish = "length"
         if self.detokenizer is not None:
@@ -198,11 +247,15 @@ class _Row:
         self.shown.append(text)
         return Token(self.index, token, text, logprob, self.top[-1], self.finish, choice)
 
+    def fresh(self) -> _Row:
+        """The same row, with nothing drawn."""
+        return _Row(self.index, self.prompt_ids, self.tokenizer, self.limit, self.eos, StopStrings(self.stops.stops), self.context)
+
     def result(self) -> Generated:
         assert self.finish is not None
         text = None if self.tokenizer is None else "".join(self.shown)
         trace = None if self.choices is None else Trace(tuple(self.choices), None if self.tokenizer is None else self.tokenizer.decode(self.prompt_ids))
-        return Generated(text, self.ids, self.logprobs, self.top, self.finish, self.prompt_ids, trace)
+        return Generated(text, self.ids, self.logprobs, self.top, self.finish, self.prompt_ids, trace, self.guesses)
 
 
 @dataclass
@@ -213,6 +266,8 @@ class _Run:
     rows: list[_Row]
     single: bool
     drops: bool  # whether finished rows may leave the batch
+    searching: Searching | None = None
+    search: BeamRun | None = None
 
     @staticmethod
     def prepare(
@@ -221,7 +276,12 @@ class _Run:
         **options: Any,
     ) -> _Run:
         """Read the options and check them against each other; nothing runs but an encoder."""
-        return _Run._read(model, prompt, **_checked(options))
+        searching, given = read_searching(_checked(options))
+        model, given = combine(model, given)
+        run = _Run._read(model, prompt, **given)
+        if searching is not None:
+            run.searching, run.search = searching, searching.over(run.session, run.rows, given.get("logprobs", 0))
+        return run
 
     @staticmethod
     def _read(
@@ -239,6 +299,10 @@ class _Run:
         logprobs: int = 0,
         trace: bool | int = False,
         decoder_start: int | Sequence[int] | None = None,
+        draft: Any = None,
+        draft_tokens: int | None = None,
+        draft_rule: str | None = None,
+        prompt_lookup_num_tokens: int | None = None,
         **known: Any,
     ) -> _Run:
         if max_new_tokens < 1:
@@ -258,24 +322,54 @@ class _Run:
             source = Source.read(model, prompts, tap)
         elif decoder_start is not None:
             raise InputError("decoder_start is for encoder-decoder models; this one continues the prompt itself.")
-        session = Session(model, starts, chain, room=max_new_tokens, cache=cache, seed=run_seed, seeds=seeds, tap=tap, top=logprobs, source=source, trace=kept)
         eos = eos_ids(eos_id, tokenizer)
+        running: dict[str, Any] = {"room": max_new_tokens, "cache": cache, "seed": run_seed, "seeds": seeds, "tap": tap, "top": logprobs, "trace": kept}
+        guesser, n = read_draft(model, draft, draft_tokens, prompt_lookup_num_tokens, draft_rule, tokenizer)
+        if guesser is None:
+            session = Session(model, starts, chain, source=source, **running)
+        else:
+            sources = None if source is None else prompts
+            running |= {"draft": guesser, "draft_tokens": n, "rule": draft_rule, "ends": eos, "sources": sources}
+            session = Speculative(model, starts, chain, source=source, **running)
         rows = [
             _Row(i, p, tokenizer, max_new_tokens, eos, StopStrings(stops), s if source is None else [], choices=[] if kept else None)
             for i, (p, s) in enumerate(zip(prompts, starts, strict=True))
         ]
         return _Run(session, rows, single, drops=tap is None and not isinstance(cache, Cache))
 
+    def found(self, search: BeamRun) -> list[Generated]:
+        """Search to the end: every prompt's best text, with the n best and the tree."""
+        assert self.searching is not None
+        done = []
+        for row, found in zip(self.rows, search.run(), strict=True):
+            texts = []
+            for end in found.best[: self.searching.search.num_return_sequences]:
+                one = row.fresh()
+                for node in end.path():
+                    one.take(node.token, node.logprob, node.top, ended=node is end and node.ending == "stop")
+                texts.append(replace(one.result(), score=end.score))
+            tree = self.searching.tree(search, found, row.prompt_ids, row.tokenizer)
+            done.append(replace(texts[0], beams=tuple(texts), tree=tree))
+        return done
+
     def events(self) -> Iterator[Token]:
         """Step until every row has finished."""
         session, live = self.session, self.rows
         while True:
-            drawn = session._step(frozen=[j for j, row in enumerate(live) if row.finish] if not self.drops else ())
-            for row, token, logprob, top, choice in zip(live, drawn.ids, drawn.logprobs, drawn.top, drawn.traces or repeat(None), strict=False):
+            over = [j for j, row in enumerate(live) if row.finish]
+            drawn = session._step(frozen=over if not self.drops else (), over=over)
+            traces = drawn.traces or repeat(None)
+            for j, (row, token, logprob, top, choice, ended) in enumerate(zip(live, drawn.ids, drawn.logprobs, drawn.top, traces, session.ended, strict=False)):
                 if row.finish is None:
-                    yield row.take(token, logprob, top, choice)
+                    event = row.take(token, logprob, top, choice, ended)
+                    if event.finish_reason and isinstance(session, Speculative):
+                        row.guesses = session.guesses[j]
+                        event = replace(event, guesses=row.guesses)
+                    yield event
             going = [j for j, row in enumerate(live) if row.finish is None]
             if not going:
+                if isinstance(session, Speculative):
+                    session.settle()  # a cache of the caller's holds what was given out and no more
                 return
             # Leaving the batch copies the cache of those who stay: worth it when half have finished, and then at most log2(b) times.
             if self.drops and 2 * len(going) <= len(live):

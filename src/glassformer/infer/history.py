@@ -256,12 +256,22 @@ class DRY(Link):
         return None if self.base <= 1.000001 else self.allowed_length + int(88.7228391 / log(self.base))
 
     def apply(self, logits: Tensor, history: Tensor | None = None, state: Own | None = None) -> Tensor:
-        if self.off or history is None:
-            return logits
+        found = None if self.off or history is None else self._lowered(history, logits.shape[1])
+        return logits if found is None else logits.float().flatten().index_add(0, *found).view(logits.shape)
+
+    writes = True
+
+    def write(self, logits: Tensor, history: Tensor | None = None, state: Own | None = None) -> Tensor:
+        found = None if history is None else self._lowered(history, logits.shape[1])
+        if found is not None:
+            logits.view(-1).index_add_(0, *found)
+        return logits
+
+    def _lowered(self, history: Tensor, v: int) -> tuple[Tensor, Tensor] | None:
+        """Which logits are lowered, as places among all of them, and by how much (below 0)."""
         recent = history if self.window is None else history[:, -self.window :]
-        b, v = logits.shape
         if recent.shape[1] <= self.allowed_length:
-            return logits
+            return None
         breakers = cast(Breakers, self.breakers)
         rows, ends = torch.nonzero((recent[:, :-1] == recent[:, -1:]) & (recent[:, :-1] >= 0), as_tuple=True)
         lengths = repeats(recent, rows, ends, self.most).minimum(breakers.reach(recent)[rows])
@@ -269,11 +279,11 @@ class DRY(Link):
         worth = (lengths >= self.allowed_length) & ~breakers.alone(tokens) & (tokens < v)
         rows, tokens, lengths = rows[worth], tokens[worth], lengths[worth]
         if not len(rows):
-            return logits
+            return None
         penalty = (self.multiplier * self.base ** (lengths - self.allowed_length).double()).clamp(max=LARGEST).float()
         places, of = (rows * v + tokens).unique(return_inverse=True)
-        largest = torch.zeros(len(places), device=logits.device).scatter_reduce_(0, of, penalty, "amax")
-        return logits.float().flatten().index_add(0, places, -largest).view(b, v)
+        largest = torch.zeros(len(places), device=recent.device).scatter_reduce_(0, of, penalty, "amax")
+        return places, -largest
 
 
 def repeats(history: Tensor, rows: Tensor, ends: Tensor, most: int | None = None) -> Tensor:

@@ -21,6 +21,7 @@ from typing import Any, TypedDict, Unpack
 from glassformer.core.errors import SamplerError, did_you_mean
 from glassformer.core.fields import check, hints
 
+from .constrain import AnyJSON, Choices, Constrained, Grammar, JSONSchema, Regex, TextRule, Where
 from .drawing import XTC, AdaptiveP, Mirostat1, Mirostat2
 from .forcing import ForceFirst, ForceLast, MinNewTokens, SuppressFirst, token_bias, word_ids
 from .history import BREAKERS, DRY, BadWords, Breakers, NoRepeatNGram, SequenceBias
@@ -72,6 +73,12 @@ class Settings(TypedDict, total=False):
     forced_first: int | Sequence[int] | None  # the first new tokens
     forced_last: int | Sequence[int] | None  # the last of max_new_tokens
     min_new_tokens: int | None  # no end-of-sequence before so many
+    json_schema: Any  # the text is JSON of this schema: a dict, JSON text, a pydantic model class; True: any JSON
+    regex: str | None  # the text matches this pattern from end to end
+    grammar: str | None  # the text follows this grammar, Lark or GBNF
+    choices: Sequence[str] | None  # the text is one of these
+    constraint: Any  # the text follows this rule: one of the kinds above, or what a ToolForm makes of tools
+    allowed: Callable[..., Any] | None  # a function of the ids so far that says which may follow: ids, a mask, or None for all
     order: str | Sequence[str] | None  # "hf" (default), "llama.cpp", or the names of the links in your order
     # Other names of the same
     typ_p: float | None
@@ -82,6 +89,7 @@ class Settings(TypedDict, total=False):
     begin_suppress_tokens: Iterable[int] | None
     forced_bos_token_id: int | None
     forced_eos_token_id: int | None
+    prefix_allowed_tokens_fn: Callable[..., Any] | None
     samplers: str | Sequence[str] | None
 
 
@@ -94,13 +102,22 @@ ALIASES = {
     "begin_suppress_tokens": "suppress_first",
     "forced_bos_token_id": "forced_first",
     "forced_eos_token_id": "forced_last",
+    "prefix_allowed_tokens_fn": "allowed",
     "samplers": "order",
     "stop_strings": "stop",
     "eos_token_id": "eos_id",
+    "force_words_ids": "force_words",
+    "assistant_model": "draft",
+    "num_assistant_tokens": "draft_tokens",
+    "num_speculative_tokens": "draft_tokens",
+    "negative_prompt_ids": "negative_prompt",
 }
 """Names of other programs, and ours for the same."""
 
-ON_TOKENS = ("bias", "sequence_bias", "suppress", "penalties", "dry", "no_repeat_ngram", "bad_words", "min_new_tokens", "suppress_first", "forced")
+ON_TOKENS = (
+    *("constraint", "allowed", "bias", "sequence_bias", "suppress", "penalties", "dry", "no_repeat_ngram"),
+    *("bad_words", "min_new_tokens", "suppress_first", "forced"),
+)
 _HF = ("temperature", "top_n_sigma", "top_h", "top_k", "top_p", "min_p", "top_a", "typical", "epsilon", "eta", "xtc")
 _LLAMA_CPP = ("top_n_sigma", "top_k", "typical", "top_p", "min_p", "top_a", "top_h", "epsilon", "eta", "xtc", "temperature")
 ORDERS: dict[str, tuple[str, ...]] = {"hf": ON_TOKENS + _HF, "transformers": ON_TOKENS + _HF, "llama.cpp": ON_TOKENS + _LLAMA_CPP}
@@ -138,6 +155,13 @@ _DRAWING = (
     *("xtc_probability", "mirostat", "adaptive_target"),
 )
 _WINDOWS = {"llama.cpp": 64}
+_RULES: dict[str, Callable[[Any], TextRule]] = {
+    "json_schema": lambda schema: AnyJSON() if schema is True else JSONSchema(schema),
+    "regex": Regex,
+    "grammar": Grammar,
+    "choices": Choices,
+    "constraint": lambda rule: rule,
+}
 
 
 def build_chain(
@@ -255,6 +279,8 @@ def _on_tokens(
     """The links that rule single tokens, by their names in an order."""
     repetition, frequency, presence = (said.get(f"{name}_penalty", usual) for name, usual in (("repetition", 1.0), ("frequency", 0.0), ("presence", 0.0)))
     return {
+        "constraint": lambda: _constrained(said, tokenizer, eos_id),
+        "allowed": lambda: [Where(said["allowed"])] if "allowed" in said else [],
         "bias": lambda: [LogitBias(token_bias(said.get("logit_bias", ()), tokenizer))],
         "sequence_bias": lambda: [SequenceBias(said.get("sequence_bias", ()))],
         "suppress": lambda: [Suppress(said.get("suppress", ()))],
@@ -266,6 +292,18 @@ def _on_tokens(
         "suppress_first": lambda: [SuppressFirst(said.get("suppress_first", ()), 1 + len(_ids(said.get("forced_first", ()))))],
         "forced": lambda: [ForceFirst(_ids(said.get("forced_first", ()))), *_forced_last(_ids(said.get("forced_last", ())), max_new_tokens)],
     }
+
+
+def _constrained(said: Mapping[str, Any], tokenizer: Any, eos_id: int | Iterable[int] | None) -> list[Link]:
+    names = [name for name in _RULES if name in said]
+    if len(names) > 1:
+        raise SamplerError(f"{' and '.join(names)} were both given, and each says what the whole text is: leave one out.")
+    if "constraint" in said and not isinstance(said["constraint"], TextRule):
+        raise SamplerError(f"constraint is a rule such as Regex('[a-z]+') or JSONSchema(…), but {said['constraint']!r} was given.")
+    forced = [name for name in ("forced_first", "forced_last") if _ids(said.get(name, ()))]
+    if names and forced:
+        raise SamplerError(f"{forced[0]} brings in tokens that {names[0]} may not allow: leave one of them out.")
+    return [Constrained(_RULES[name](said[name]), tokenizer, sorted(eos_ids(eos_id, tokenizer))) for name in names]
 
 
 def _window(n: int | None) -> int | None:

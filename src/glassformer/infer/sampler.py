@@ -33,11 +33,12 @@ from torch import Tensor
 from glassformer.core.errors import GlassformerError, SamplerError
 from glassformer.core.spec import Spec, part
 
-from .state import Own, State, fresh_seed
+from .state import Own, Room, State, fresh_seed
 
 History = Tensor | Sequence[Sequence[int]] | None
 
 GONE = float("-inf")
+WIDE = 2048  # so many columns are worth thinning out
 
 
 class Link(Spec):
@@ -46,10 +47,13 @@ class Link(Spec):
     ``by_value`` says that the link looks at the values of the logits only, not at which token has
     which: such a link may be given ``[b k]`` logits of some tokens in place of ``[b v]``. ``observes``
     says that what it remembers depends on what went in and came out: :meth:`observe` is then called in place of :meth:`learn`.
+    ``ends`` says that it knows when a row is finished: :meth:`ended`. ``writes`` says that :meth:`write` saves a copy.
     """
 
     by_value: ClassVar[bool] = False
     observes: ClassVar[bool] = False
+    ends: ClassVar[bool] = False
+    writes: ClassVar[bool] = False
     _error: ClassVar[type[GlassformerError]] = SamplerError
 
     @property
@@ -60,6 +64,17 @@ class Link(Spec):
     @abstractmethod
     def apply(self, logits: Tensor, history: Tensor | None = None, state: Own | None = None) -> Tensor:
         """Logits ``[b v]`` float32 -> ``[b v]``, ``-inf`` for a removed token. ``history [b n]`` holds token ids, right-aligned, -1 = none."""
+
+    def write(self, logits: Tensor, history: Tensor | None = None, state: Own | None = None) -> Tensor:
+        """:meth:`apply`, but it may write into the logits that it is given; called in its place where ``writes``."""
+        return self.apply(logits, history, state)
+
+    def thin(self, logits: Tensor, room: Room, state: Own | None = None) -> tuple[Tensor, Tensor | None] | None:
+        """:meth:`apply` on a CPU and a whole vocabulary, leaving only the tokens that stay: ``[b k]`` and their columns in order (None: all of them).
+
+        None is the answer of a link that has no faster way, in general or with these logits. Nothing is written into the logits.
+        """
+        return None
 
     def start(self, rows: int, device: torch.device) -> Tensor | None:
         """What this link remembers before the first token (first axis: rows), or None if it remembers nothing."""
@@ -72,6 +87,10 @@ class Link(Spec):
     def observe(self, memory: Tensor, before: Tensor, after: Tensor, column: Tensor) -> Tensor:
         """What it remembers (a new tensor) once ``column [b]`` of the ``[b c]`` logits ``before`` and ``after`` it was drawn; -1: none was."""
         return memory
+
+    def ended(self, rows: int, history: Tensor | None, state: Own | None = None) -> list[bool]:
+        """Which rows are finished, so that nothing can follow; ``history [b n]`` ends with the tokens last drawn."""
+        return [False] * rows
 
     def __or__(self, other: Link | Chain) -> Chain:
         return Chain((self,)) | other
@@ -169,11 +188,22 @@ class Chain(Spec):
         state = self._state_for(whole, state)
         past = as_history(history, whole.shape[0], whole.device)
         seen: dict[int, Passed] = {}
-        left, ids = self._left(whole, past, state, seen, watch)
+        left, ids = self._left(whole, past, state, seen, watch, state._room if watch is None else None)
         column = final.choose(left, state.own(len(self.links) - 1, type(final).__name__))
         chosen = column if ids is None else torch.where(column < 0, column, ids.gather(1, column.clamp(min=0)[:, None])[:, 0])
         state.advance(self._learn(whole, chosen, state, seen))
         return chosen
+
+    def ended(self, history: Tensor, state: State) -> list[bool]:
+        """Which rows a link calls finished, after a draw: no token can follow there, whether or not the last one was end-of-sequence.
+
+        ``history [b n]`` is as in the next call. Whoever runs a chain asks this after every step, and draws no more in such rows.
+        """
+        done = [False] * len(state)
+        for i, link in enumerate(self.links):
+            if link.ends and not link.off:
+                done = [a or b for a, b in zip(done, link.ended(len(state), history, state.own(i, type(link).__name__)), strict=True)]
+        return done
 
     def steps(self, logits: Tensor, history: History = None, state: State | None = None) -> Iterator[Step]:
         """What each link does to these logits, link by link; ``state`` is read and not advanced.
@@ -193,23 +223,43 @@ class Chain(Spec):
             now = after
 
     def _left(
-        self, logits: Tensor, history: Tensor | None, state: State, seen: dict[int, Passed], watch: list[Passed] | None = None
+        self,
+        logits: Tensor,
+        history: Tensor | None,
+        state: State,
+        seen: dict[int, Passed],
+        watch: list[Passed] | None = None,
+        room: Room | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The logits that reach the final link: ``[b v]`` and None, or ``[b k]`` and their ids; ``seen`` gets what passed the links that observe."""
-        width = logits.shape[1]
+        """The logits that reach the final link: ``[b v]`` and None, or ``[b k]`` and their ids; ``seen`` gets what passed the links that observe.
+
+        With a ``room``, what is returned and what was seen is good until that room is used again.
+        """
+        width, room = logits.shape[1], Room() if room is None else room
+        room.borrowed = 0
+        mine: Tensor | None = None  # the logits, if nobody but this pass knows them
         ids: Tensor | None = None
         for i, link in enumerate(self.links[:-1]):
             if link.off:
                 continue
             if ids is not None and not link.by_value:
                 logits, ids = spread(logits, ids, width), None
-            before, named = logits, ids
-            if isinstance(link, Narrowing):
+            before, named, own = logits, ids, state.own(i, type(link).__name__)
+            thick = logits.device.type == "cpu" and logits.shape[1] >= WIDE and not logits.requires_grad
+            thinned = link.thin(logits, room, own) if thick else None
+            if thinned is not None:
+                logits, columns = thinned
+                ids = ids if columns is None else columns if ids is None else ids.gather(1, columns)
+            elif isinstance(link, Narrowing):
                 logits, columns = link.narrow(logits)
                 ids = columns if ids is None else ids.gather(1, columns)
+            elif link.writes:
+                free = logits if logits is mine else room.copy(logits) if thick else logits.clone()
+                logits = mine = link.write(free, history, own)
             else:
-                logits = link.apply(logits, history, state.own(i, type(link).__name__))
+                logits = link.apply(logits, history, own)
             if watch is not None or link.observes:
+                mine = None
                 passed = Passed(link, before, named, logits, ids)
                 if watch is not None:
                     watch.append(passed)

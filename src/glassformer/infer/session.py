@@ -29,6 +29,7 @@ from glassformer.core.fields import check, described, hints
 from glassformer.core.mask import Causal, Mask
 from glassformer.core.modes import evaluating
 from glassformer.core.tap import Tap
+from glassformer.parts import decoding
 from glassformer.parts.position import LearnedLayer
 from glassformer.parts.readout import LanguageModel
 from glassformer.parts.rotary import RotaryLayer
@@ -115,6 +116,11 @@ class Session:
         final = self.sampler.final
         return (*self.sampler.links[:-1], replace(final, seed=self.state.seed) if hasattr(final, "seed") else final)
 
+    @property
+    def ended(self) -> list[bool]:
+        """Which rows a link of the sampler calls finished: a constraint whose text is whole, and which nothing can follow."""
+        return self.sampler.ended(self._ids[:, : self._width], self.state)
+
     def step(self) -> Drawn:
         """Draw one token for every row.
 
@@ -122,8 +128,8 @@ class Session:
         """
         return self._step(frozen=())
 
-    def _step(self, frozen: Sequence[int]) -> Drawn:
-        """A step in which the cache takes no token of the ``frozen`` rows, and what they draw means nothing."""
+    def _step(self, frozen: Sequence[int], over: Sequence[int] = ()) -> Drawn:
+        """A step in which the cache takes no token of the ``frozen`` rows; what they and the rows that are ``over`` draw means nothing."""
         logits = self._read(frozen)
         with torch.no_grad():
             passed: list[Passed] | None = [] if self.trace else None
@@ -132,14 +138,18 @@ class Session:
             if passed is not None:
                 drawn = replace(drawn, traces=measure(logits, passed, self._seeded, chosen, self.trace, self.drawn))
         for row, token in enumerate(drawn.ids):
-            if token < 0 and row not in frozen:
+            if token < 0 and row not in frozen and row not in over:
                 raise SamplerError(self._why_nothing(logits[row], row))
+        self._append(chosen.clamp(min=0))  # where nothing was left, in a row that is over
+        return drawn
+
+    def _append(self, tokens: Tensor) -> None:
+        """One token more in every row, ``[b]``."""
         if self._width == self._ids.shape[1]:
             self._ids = torch.cat([self._ids, torch.full_like(self._ids, -1)], dim=1)
-        self._ids[:, self._width] = chosen
+        self._ids[:, self._width] = tokens
         self._width += 1
         self.lengths = [n + 1 for n in self.lengths]
-        return drawn
 
     # The tree of continuations
 
@@ -162,7 +172,7 @@ class Session:
         wrong = [r for r in rows if not isinstance(r, int) or not 0 <= r < len(self.lengths)] if isinstance(rows, Sequence) else [rows]
         if wrong:
             raise InputError(f"select() takes rows of this session, a list of numbers from 0 to {len(self.lengths) - 1}; {wrong[0]!r} was given.")
-        new = object.__new__(Session)
+        new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         new.lengths = [self.lengths[r] for r in rows]
         new.cache = None if self.cache is None else self.cache.select(rows)
@@ -180,7 +190,7 @@ class Session:
             raise InputError(f"{self.drawn} tokens were drawn, so {k} cannot be forgotten: a session is wound back to its prompt at most.")
         if k == 0:
             return
-        if self.cache is not None and any(n - k <= b < n for n in self.lengths for b in self._boundaries):
+        if self.cache is not None and any(n - k <= b < n for n in self._counted() for b in self._boundaries):
             self.cache, self._begun = self.model.cache(batch=len(self.lengths), capacity=self._ids.shape[1]), False  # its keys fit longer rows only
         elif self.cache is not None:
             self.cache.rewind(k)
@@ -203,7 +213,8 @@ class Session:
         fed = [0 if row in frozen else n for row, n in enumerate(lengths)] if frozen else lengths if ragged else None
         with torch.no_grad(), evaluating(self.model):
             if self.source is None:
-                logits: Tensor = self.model(tokens, lengths=fed, cache=self.cache, keep=keep, tap=self.tap, path=path)
+                told = {"drawn": self.drawn} if getattr(self.model, "tells_drawn", False) else {}  # a guided model asks where the prompt ends
+                logits: Tensor = self.model(tokens, lengths=fed, cache=self.cache, keep=keep, tap=self.tap, path=path, **told)
             else:
                 logits = self.source.decode(tokens, lengths=fed, cache=self.cache, keep=keep, tap=self.tap, path=path)
         self._begun = True
@@ -211,7 +222,12 @@ class Session:
 
     def _outgrown(self) -> bool:
         """Whether a row has just grown so long that its cached keys were turned by other angles than its new ones are (LongRoPE)."""
-        return self._begun and self.cache is not None and any(n - 1 in self._boundaries for n in self.lengths)
+        return self._begun and self.cache is not None and any(n - 1 in self._boundaries for n in self._counted())
+
+    def _counted(self) -> list[int]:
+        """The lengths of all rows, and of what another branch of a guided model has read in place of the prompt."""
+        beside: int = getattr(self.model, "beside", 0)
+        return [*self.lengths, *([beside + self.drawn] if beside else ())]
 
     def _check_room(self, cache: Cache | bool | None, longest: int, room: int) -> None:
         held = cache.length if isinstance(cache, Cache) else 0
@@ -227,6 +243,8 @@ class Session:
                     f"need {need} (the last one is not read). Make it larger, or ask for fewer new tokens."
                 )
         most = position_limit(self.model)
+        longest = max(longest, getattr(self.model, "beside", 0) - held)  # another branch of a guided model may begin with a longer text
+        need = held + longest + room - 1
         if most is not None and need > most:
             raise InputError(
                 f"The model has {most} learned positions, but {held + longest} tokens of prompt and {room} new ones need {need} (the last one is not read). "
@@ -283,6 +301,7 @@ def _boundaries(model: Any) -> frozenset[int]:
 
 
 def _check_readout(model: Any) -> None:
+    """Raise :class:`InputError` for what does not predict tokens from left to right."""
     if not callable(model):
         raise InputError(f"Generation needs a model, but {described(type(model))} was given: spec.build() makes one of a Spec, load(folder) reads one.")
     spec = getattr(getattr(model, "decoder", model), "spec", None)
@@ -300,7 +319,8 @@ def _check_readout(model: Any) -> None:
 def _measure(logits: Tensor, chosen: Tensor, top: int) -> Drawn:
     """Log-probabilities of what was drawn; everything comes to the host in one transfer."""
     logits = logits.float()
-    total = logits.logsumexp(dim=-1, keepdim=True)
+    quick = decoding.logsumexp(logits)
+    total = logits.logsumexp(dim=-1, keepdim=True) if quick is None else quick
     columns = [chosen[:, None].double(), (logits.gather(1, chosen[:, None].clamp(min=0)) - total).double()]
     if top:
         values, ids = logits.topk(min(top, logits.shape[-1]), dim=-1)

@@ -20,6 +20,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +40,40 @@ def fresh_seed() -> int:
     return int(torch.randint(2**62, ()).item())
 
 
+class Room:
+    """Wide tensors that a chain writes into at every step: a CPU takes as long for the memory of a new one as for what is done in it.
+
+    What is written is good until the next step. ``borrowed`` counts those in use within a step.
+    """
+
+    def __init__(self) -> None:
+        self._wide: list[Tensor] = []
+        self._scratch: list[Tensor] = []
+        self._marks: np.ndarray | None = None
+        self.borrowed = 0
+
+    def copy(self, x: Tensor) -> Tensor:
+        """A copy of ``x`` that nobody else has in this step, float32."""
+        if self.borrowed == len(self._wide):
+            self._wide.append(torch.empty_like(x, dtype=torch.float32))
+        if self._wide[self.borrowed].shape != x.shape or self._wide[self.borrowed].device != x.device:
+            self._wide[self.borrowed] = torch.empty_like(x, dtype=torch.float32)
+        self.borrowed += 1
+        return self._wide[self.borrowed - 1].copy_(x)
+
+    def scratch(self, like: Tensor, i: int) -> Tensor:
+        """A place for what is needed at once only; ``i`` is 0 or 1."""
+        if not self._scratch or self._scratch[0].shape != like.shape:
+            self._scratch = [torch.empty_like(like), torch.empty_like(like)]
+        return self._scratch[i]
+
+    def marks(self, like: Tensor) -> np.ndarray:
+        """A place for one truth value each."""
+        if self._marks is None or self._marks.shape != tuple(like.shape):
+            self._marks = np.empty(tuple(like.shape), dtype=bool)
+        return self._marks
+
+
 @dataclass
 class State:
     """The memory of one chain over the rows of a batch; made by ``chain.state(rows)``.
@@ -51,7 +86,12 @@ class State:
     seeds: list[int]
     steps: list[int]
     memory: list[Tensor | None]
-    _trail: list[list[Tensor | None]] = field(default_factory=list, repr=False)
+    _trails: list[list[tuple[Tensor | None, ...]]] = field(default_factory=list, repr=False)  # per row, what was remembered before each draw
+
+    _room: Room = field(default_factory=Room, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._trails = self._trails or [[] for _ in self.seeds]
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -63,7 +103,8 @@ class State:
     def advance(self, memory: list[Tensor | None]) -> None:
         """One token was drawn in every row; ``memory`` is what the links remember from now on."""
         if any(m is not None for m in memory):
-            self._trail.append(self.memory)
+            for row, trail in enumerate(self._trails):
+                trail.append(tuple(None if m is None else m[row] for m in self.memory))
         self.memory = memory
         self.steps = [n + 1 for n in self.steps]
 
@@ -77,19 +118,41 @@ class State:
         if outside:
             raise SamplerError(f"The sampler's state has {len(self)} rows, so row {outside[0]} cannot be selected.")
 
-        def cut(memory: list[Tensor | None]) -> list[Tensor | None]:
-            return [None if m is None else m[torch.as_tensor(list(rows), device=m.device)] for m in memory]
+        memory = [None if m is None else m[torch.as_tensor(list(rows), device=m.device)] for m in self.memory]
+        return State(self.seed, [self.seeds[r] for r in rows], [self.steps[r] for r in rows], memory, [list(self._trails[r]) for r in rows])
 
-        return State(self.seed, [self.seeds[r] for r in rows], [self.steps[r] for r in rows], cut(self.memory), [cut(m) for m in self._trail])
+    def put(self, rows: Sequence[int], other: State) -> None:
+        """Let these rows go on from where the rows of ``other``, which were selected from them, have got to."""
+        for row, steps, trail in zip(rows, other.steps, other._trails, strict=True):
+            self.steps[row], self._trails[row] = steps, trail
+        places = list(rows)
+        self.memory = [
+            m if m is None or new is None else m.index_copy(0, torch.as_tensor(places, device=m.device), new)
+            for m, new in zip(self.memory, other.memory, strict=True)
+        ]
 
-    def rewind(self, k: int) -> None:
-        """Forget the last ``k`` draws of every row. Raises :class:`SamplerError` if a row has drawn fewer."""
-        if k < 0 or k > min(self.steps, default=k):
-            raise SamplerError(f"The sampler has drawn {min(self.steps, default=0)} tokens, so it cannot be wound back by {k}.")
-        self.steps = [n - k for n in self.steps]
-        if k and self._trail:
-            self.memory = self._trail[-k]
-            del self._trail[-k:]
+    def rewind(self, k: int | Sequence[int]) -> None:
+        """Forget the last ``k`` draws of every row, or of each row as many as its number in a list says.
+
+        Raises :class:`SamplerError` if a row has drawn fewer.
+        """
+        ks = [k] * len(self) if isinstance(k, int) else [int(n) for n in k]
+        if len(ks) != len(self):
+            raise SamplerError(f"The sampler's state has {len(self)} rows, but {len(ks)} numbers of draws to forget were given: give one per row.")
+        for n, drawn in zip(ks, self.steps, strict=True):
+            if n < 0 or n > drawn:
+                raise SamplerError(f"The sampler has drawn {drawn} tokens, so it cannot be wound back by {n}.")
+        self.steps = [drawn - n for drawn, n in zip(self.steps, ks, strict=True)]
+        if not any(n and trail for n, trail in zip(ks, self._trails, strict=True)):
+            return
+        memory = list(self.memory)
+        for i, now in enumerate(self.memory):
+            if now is not None:
+                rows = [trail[-n][i] if n else now[row] for row, (n, trail) in enumerate(zip(ks, self._trails, strict=True))]
+                memory[i] = torch.stack([now[row] if old is None else old for row, old in enumerate(rows)])
+        self.memory = memory
+        for n, trail in zip(ks, self._trails, strict=True):
+            del trail[len(trail) - n :]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ Both hold back as little as possible and say at the end (``flush``) what was sti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Protocol
 
 from glassformer.core.errors import SamplerError
@@ -38,6 +39,12 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._ids = list(context)[-self.KEPT :]
         self._given = len(self._stable())
+
+    def fork(self) -> Detokenizer:
+        """Another that goes on from here by itself."""
+        twin = copy(self)
+        twin._ids = list(self._ids)
+        return twin
 
     def push(self, token: int) -> str:
         """The text that this token makes certain: perhaps none, perhaps more than its own."""
@@ -81,6 +88,10 @@ class StopStrings:
         if "" in self.stops:
             raise SamplerError("A stop string is empty, which would end every text before it begins. Leave it out.")
         self._held = ""
+
+    def fork(self) -> StopStrings:
+        """Another that goes on from here by itself."""
+        return copy(self)
 
     def push(self, text: str) -> tuple[str, bool]:
         """Text that may be shown, and whether a stop string was met (then nothing from it on is ever given out)."""

@@ -234,14 +234,14 @@ class Trace:
         return f'<pre style="line-height:1.3">{escape(str(self))}</pre>'
 
 
-def check_place(path: str | os.PathLike[str]) -> Path:
-    """The file that a trace is to be written to. Raises :class:`InputError` if its ending says nothing, or its folder is not there."""
+def check_place(path: str | os.PathLike[str], what: str = "a trace", example: str = "trace.html") -> Path:
+    """The file that a trace (or ``what`` it is) is to be written to. Raises :class:`InputError` if its ending says nothing, or its folder is not there."""
     if not isinstance(path, str | os.PathLike):
-        raise InputError(f"A trace is written to a file, but {described(type(path))} was given: name one, such as 'trace.html'.")
+        raise InputError(f"{what[0].upper()}{what[1:]} is written to a file, but {described(type(path))} was given: name one, such as {example!r}.")
     target = Path(path)
     kind = target.suffix.lower()
     if kind not in SUFFIXES:
-        raise InputError(f"{target.name!r} ends in {kind or 'nothing'!r}, but the ending says how a trace is written: {' or '.join(SUFFIXES)}.")
+        raise InputError(f"{target.name!r} ends in {kind or 'nothing'!r}, but the ending says how {what} is written: {' or '.join(SUFFIXES)}.")
     if not target.parent.is_dir():
         raise InputError(f"{str(target)!r} cannot be written: the folder {str(target.parent)!r} does not exist; create it or choose another.")
     return target

@@ -148,7 +148,7 @@ class Frozen:
                     if (layer, i) == first and not begun:
                         begun, y = True, out
                     if begun:
-                        x = block._normed(after, x + block._normed(norm_out, y, p), p)
+                        x = block.normed(after, x + block.normed(norm_out, y, p), p)
             else:
                 if begun:
                     found.append(((layer, 0), x))
@@ -173,7 +173,7 @@ class Frozen:
         block: Any = self.stack.blocks[layer]
         p = self.plain()
         if isinstance(block, SequentialBlock):
-            x = block._normed(next(before for name, before, _, _ in block.steps if name == kind), stream, p)
+            x = block.normed(next(before for name, before, _, _ in block.steps if name == kind), stream, p)
         else:
             x = getattr(block, next(norm for name, norm in block.steps if name == kind))(stream, p)
         if kind not in ("attn", "cross"):

@@ -174,7 +174,7 @@ def check_place(path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     kind = target.suffix.lower()
     if target.is_dir():
-        raise InputError(f"{str(path)!r} is a folder, but an answer is written to a file: name one in it, such as {str(target / 'answer.html')!r}.")
+        raise InputError(f"{str(path)!r} cannot be written: it is a folder, and an answer is a file. Name one in it, such as {str(target / 'answer.html')!r}.")
     if kind not in SUFFIXES:
         raise InputError(f"{target.name!r} ends in {kind or 'nothing'!r}, but the ending says how an answer is written: one of {', '.join(SUFFIXES)}.")
     if not target.parent.is_dir():

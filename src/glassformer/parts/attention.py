@@ -32,8 +32,9 @@ from glassformer.core.sites import Site
 from glassformer.core.spec import Spec, check_dropout, part
 from glassformer.core.tap import check_heads
 
-from . import kernels
+from . import decoding, kernels, steady
 from .kernels import Normaliser, Rule, Softmax
+from .linear import Linear
 from .norm import NoNorm, Norm
 from .position import NoPosition, Position
 
@@ -128,8 +129,9 @@ class _Attention(nn.Module):
         self.n_heads, self.n_kv_heads, self.d_head, self.d_value = spec.sizes(d)
         self.scale = self.d_head**-0.5 if spec.scale is None else spec.scale
         self.build_norms(d)
+        self.normed = not isinstance(getattr(spec, "qk_norm", None), NoNorm)
         self.normaliser = spec.normaliser.build(self.n_heads)
-        self.out = nn.Linear(self.n_heads * self.d_value, d, bias=spec.out_bias)
+        self.out = Linear(self.n_heads * self.d_value, d, bias=spec.out_bias)
         # What is printed of a tensor is not all of it: a mask that holds one is never shared.
         self.mask_key = None if _holds_tensor(spec.mask) else repr(spec.mask)
 
@@ -154,12 +156,14 @@ class _Attention(nn.Module):
         mask = self._shared(
             p,
             None if self.mask_key is None else f"mask:{self.mask_key}:{p.slot.layout}",
-            lambda: resolve(p.mask & self.spec.mask, p.index, places, rows=rows, newest=newest),
+            lambda: resolve(p.mask & self.spec.mask, p.index, places, rows=rows, newest=newest, in_order=p.slot.layout == "dense"),
         )
         bias = self._shared(p, None if key is None else f"bias:{key}:{p.slot.layout}", lambda: self.position.bias(p.index, places))
         if "position" in p.shared:  # a bias that all layers share (T5)
             of_model = self._shared(p, f"bias:model:{p.slot.layout}", lambda: p.shared["position"].bias(p.index, places))
             bias = of_model if bias is None else bias + of_model
+        if steady.on():
+            mask.places = places
         return mask, bias
 
     @staticmethod
@@ -176,7 +180,10 @@ class _Attention(nn.Module):
         rule = Rule(self.scale, self.spec.cap, bias, mask, self.normaliser)
         dropout = self.spec.dropout if self.training else 0.0
         q = q.transpose(1, 2)
-        if p.edits(sites.SCORES) or p.edits(sites.PATTERN):
+        if p.tap is None:
+            z = kernels.attend(q, k, v, rule, dropout)
+        elif p.edits(sites.SCORES) or p.edits(sites.PATTERN):
+            steady.refuse("Scores and patterns of attention cannot be edited")
             pattern = p.see(sites.PATTERN, kernels.pattern_of(p.see(sites.SCORES, kernels.scores_of(q, k, rule)), rule))
             z = kernels.mix(F.dropout(pattern, dropout) if dropout else pattern, v)
         else:
@@ -189,7 +196,7 @@ class _Attention(nn.Module):
             p.offer(sites.SCORES, scores)
             p.offer(sites.PATTERN, lambda heads: kernels.pattern_of(made[heads] if heads in made else kernels.scores_of(q, k, rule, heads), rule, heads))
             made.clear()  # who keeps them has them
-            z = (kernels.fused if kernels.has_fused(rule, q.device, dropout) else kernels.explicit)(q, k, v, rule, dropout)
+            z = kernels.attend(q, k, v, rule, dropout)
         z = z.transpose(1, 2)
         z = p.see(sites.Z, z if lift is None else lift(z))
         return p.see(sites.ATTN_OUT, self.project(z, p))
@@ -197,6 +204,7 @@ class _Attention(nn.Module):
     def project(self, z: Tensor, p: Pass) -> Tensor:
         """From heads back to the stream: [b t h k] -> [b t d]; per head (``result``) when asked."""
         if p.edits(sites.RESULT):
+            steady.refuse("Single heads' results cannot be edited")
             out = p.see(sites.RESULT, self.result(z, None)).sum(2)
             return out if self.out.bias is None else out + self.out.bias
         p.offer(sites.RESULT, lambda heads: self.result(z, heads))
@@ -224,7 +232,7 @@ class AttentionLayer(_Attention):
         super().__init__(spec, d)
         self.widths = (self.n_heads * self.d_head, self.n_kv_heads * self.d_head, self.n_kv_heads * self.d_value)
         self.cached = self.n_kv_heads * (self.d_head + self.d_value)
-        self.qkv = nn.Linear(d, sum(self.widths), bias=spec.qkv_bias)
+        self.qkv = Linear(d, sum(self.widths), bias=spec.qkv_bias)
 
     def forward(self, x: Float[Tensor, "b t d"], p: Pass) -> Float[Tensor, "b t d"]:
         x = p.see(sites.ATTN_IN, x)
@@ -233,12 +241,27 @@ class AttentionLayer(_Attention):
         k = p.see(sites.K, self.split(k, self.n_kv_heads))
         v = p.see(sites.V, self.split(v, self.n_kv_heads))
         tables = self.tables(p)
-        q = p.see(sites.Q_ROT, self.position.rotate(self.q_norm(q, p.at("q_norm")), tables))
-        k = p.see(sites.K_ROT, self.position.rotate(self.k_norm(k, p.at("k_norm")), tables))
+        q = p.see(sites.Q_ROT, self.position.rotate(self.q_norm(q, p.at("q_norm")) if self.normed else q, tables))
+        k = p.see(sites.K_ROT, self.position.rotate(self.k_norm(k, p.at("k_norm")) if self.normed else k, tables))
         newest = p.slot.newest
+        if p.tap is None and (z := self.at_once(q, k, v, newest, p)) is not None:
+            return self.project(z, p)
         keys, values, places = p.slot.update(k, v, p.index)
         mask, bias = self.sight(x.shape[0], places, newest, p)
         return self.attend(q, keys, values, mask, bias, p)
+
+    def at_once(self, q: Tensor, k: Tensor, v: Tensor, newest: bool, p: Pass) -> Tensor | None:
+        """Heads' results [b t h k] of a decode step that writes its keys and values and attends in one go; None where that is not to be had."""
+        if steady.on() or (code := decoding.library(q)) is None or (room := p.slot.reserve(k, v)) is None:
+            return None
+        keys, values = room
+        places = self._shared(p, f"places:{p.slot.layout}", lambda: torch.arange(keys.shape[2], device=q.device))
+        mask, bias = self.sight(q.shape[0], places, newest, p)
+        rule = Rule(self.scale, self.spec.cap, bias, mask, self.normaliser)
+        q = q.transpose(1, 2)
+        if not decoding.fits(keys, values, rule, self.spec.dropout if self.training else 0.0):
+            return None
+        return decoding.attend(code, q, keys, values, rule, (k, v)).transpose(1, 2)
 
 
 class CrossAttentionLayer(_Attention):
@@ -252,8 +275,8 @@ class CrossAttentionLayer(_Attention):
             raise SpecError(f"Cross-attention takes no position encoding, but {type(spec.position).__name__} was given: use NoPosition().")
         super().__init__(spec, d)
         self.widths = (self.n_kv_heads * self.d_head, self.n_kv_heads * self.d_value)
-        self.q = nn.Linear(d, self.n_heads * self.d_head, bias=spec.qkv_bias)
-        self.kv = nn.Linear(d_memory, sum(self.widths), bias=spec.qkv_bias)
+        self.q = Linear(d, self.n_heads * self.d_head, bias=spec.qkv_bias)
+        self.kv = Linear(d_memory, sum(self.widths), bias=spec.qkv_bias)
 
     def forward(self, x: Float[Tensor, "b t d"], p: Pass) -> Float[Tensor, "b t d"]:
         x = p.see(sites.ATTN_IN, x)

@@ -20,6 +20,7 @@ from glassformer.core.errors import InputError, SpecError
 from glassformer.core.flow import Pass
 from glassformer.core.spec import Spec, check_dropout, part
 
+from .linear import Linear
 from .norm import NoNorm, Norm
 from .position import LearnedLayer, PositionLayer
 
@@ -103,7 +104,7 @@ class LiftTokens(Lift):
         return self.width, d
 
     def build(self, d: int) -> tuple[nn.Module, nn.Module]:
-        return nn.Linear(self.width, d, bias=self.bias), nn.Identity()
+        return Linear(self.width, d, bias=self.bias), nn.Identity()
 
 
 @part
@@ -120,7 +121,7 @@ class LiftSum(Lift):
         return self.width, self.width
 
     def build(self, d: int) -> tuple[nn.Module, nn.Module]:
-        return nn.Identity(), nn.Linear(self.width, d, bias=self.bias)
+        return nn.Identity(), Linear(self.width, d, bias=self.bias)
 
 
 def _check_width(lift: Lift, width: int) -> None:

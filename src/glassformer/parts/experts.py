@@ -21,7 +21,9 @@ from glassformer.core.flow import Pass
 from glassformer.core.numerics import wide
 from glassformer.core.spec import part
 
+from . import steady
 from .feedforward import FeedForward, Gated
+from .linear import Linear, product
 from .routing import Routing, SoftmaxRouting
 
 
@@ -65,7 +67,7 @@ class ExpertsLayer(nn.Module):
     def __init__(self, spec: Experts, d: int):
         super().__init__()
         self.spec = spec
-        self.router = nn.Linear(d, spec.n_experts, bias=spec.routing.bias)
+        self.router = Linear(d, spec.n_experts, bias=spec.routing.bias)
         self.routing = spec.routing.build(spec.n_experts)
         self.experts = nn.ModuleList(spec.expert.build(d) for _ in range(spec.n_experts))
         self.shared = None if spec.shared is None else spec.shared.build(d)
@@ -76,7 +78,7 @@ class ExpertsLayer(nn.Module):
         chosen = p.see(sites.CHOSEN, self.routing.choose(scores, self.spec.top_k))
         weights = scores.gather(-1, chosen)
         if self.spec.normalise:
-            weights = weights / weights.sum(-1, keepdim=True)
+            weights = weights / (steady.total(weights) if steady.on() else weights.sum(-1, keepdim=True))
         if self.spec.routing.scale != 1.0:
             weights = weights * self.spec.routing.scale
         if p.aux is not None and self.spec.balance:
@@ -92,7 +94,7 @@ class ExpertsLayer(nn.Module):
             return wide(self.router(x))
         bias = None if self.router.bias is None else wide(self.router.bias)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(wide(x), wide(self.router.weight), bias)
+            return (product if steady.on() else F.linear)(wide(x), wide(self.router.weight), bias)
 
     @eagerly
     def route(self, x: Tensor, chosen: Tensor, weights: Tensor, p: Pass) -> Tensor:

@@ -21,8 +21,13 @@ from glassformer.core.errors import SpecError, did_you_mean
 from glassformer.core.flow import Pass
 from glassformer.core.spec import Spec, check_dropout, part
 
+from . import decoding, steady
+from .linear import Linear
+
 
 def _gelu_tanh(x: Tensor) -> Tensor:
+    if (quick := decoding.bend("gelu_tanh", x)) is not None:
+        return quick
     if torch.compiler.is_compiling():
         # The same function, since 1 + tanh(u) = 2 sigmoid(2u): one exponential in place of a hyperbolic tangent,
         # which on a CPU is half of what a compiled feed-forward layer spends outside its products.
@@ -99,12 +104,12 @@ class PlainLayer(nn.Module):
         super().__init__()
         self.spec = spec
         self.act = activation(spec.act)
-        self.up = nn.Linear(d, spec.d_ff, bias=spec.bias)
-        self.down = nn.Linear(spec.d_ff, d, bias=spec.bias)
+        self.up = Linear(d, spec.d_ff, bias=spec.bias)
+        self.down = Linear(spec.d_ff, d, bias=spec.bias)
 
     def forward(self, x: Float[Tensor, "b t d"], p: Pass) -> Float[Tensor, "b t d"]:
         pre = p.see(sites.FFN_PRE, self.up(p.see(sites.FFN_IN, x)))
-        post = p.see(sites.FFN_POST, self.act(pre))
+        post = p.see(sites.FFN_POST, steady.each(self.act, pre))
         if self.training and self.spec.dropout:
             post = F.dropout(post, self.spec.dropout)
         return p.see(sites.FFN_OUT, self.down(post))
@@ -138,8 +143,8 @@ class GatedLayer(nn.Module):
         super().__init__()
         self.spec = spec
         self.act = activation(spec.act)
-        self.gate_up = nn.Linear(d, 2 * spec.d_ff, bias=spec.bias)
-        self.down = nn.Linear(spec.d_ff, d, bias=spec.bias)
+        self.gate_up = Linear(d, 2 * spec.d_ff, bias=spec.bias)
+        self.down = Linear(spec.d_ff, d, bias=spec.bias)
 
     def forward(self, x: Float[Tensor, "b t d"], p: Pass) -> Float[Tensor, "b t d"]:
         gate, pre = self.gate_up(p.see(sites.FFN_IN, x)).chunk(2, -1)
@@ -151,7 +156,8 @@ class GatedLayer(nn.Module):
 
     def meet(self, gate: Float[Tensor, "*b f"], pre: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
         """What the gate lets through."""
-        return self.act(gate) * pre
+        quick = decoding.bend(self.spec.act, gate, pre)
+        return steady.each(self.act, gate) * pre if quick is None else quick
 
 
 @part
@@ -189,4 +195,4 @@ class ClampedGatedLayer(GatedLayer):
 
     def meet(self, gate: Float[Tensor, "*b f"], pre: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
         g, u = gate.clamp(max=self.limit), pre.clamp(-self.limit, self.limit)
-        return (u + 1) * (g * torch.sigmoid(g * self.alpha))
+        return (u + 1) * (g * steady.each(torch.sigmoid, g * self.alpha))

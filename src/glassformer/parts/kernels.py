@@ -1,6 +1,6 @@
 """Kernels: from queries, keys and values to what each head returns.
 
-    q, k, v ──► fused (SDPA, FlexAttention on a GPU) ─────────────► z
+    q, k, v ──► fused (SDPA, FlexAttention on a GPU; on a CPU a kernel of its own for a step of decoding) ──► z
         └─────► beside it, if someone looks: scores, pattern  (for the heads asked for, no others)
 
     q, k, v ──► explicit: scores ──► edit ──► pattern ──► edit ──► z     (only when edited,
@@ -33,7 +33,7 @@ from glassformer.core.numerics import wide
 from glassformer.core.spec import Spec, part
 from glassformer.core.tap import check_heads
 
-from . import blockwise
+from . import blockwise, decoding, steady, steady_attention
 
 # Normalisers
 
@@ -155,7 +155,7 @@ class SigmoidLayer(NormaliserLayer):
 # The two ways
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: one is made per layer and token, and a frozen one takes five times as long
 class Rule:
     """What a layer does to scores besides the product: scale, soft-cap ``c tanh(s / c)``, bias, mask, normaliser."""
 
@@ -256,6 +256,18 @@ def fused(
         add = torch.cat([add.expand(-1, h, -1, -1), sink.to(q)[None, :, None, None].expand(add.shape[0], h, t, 1)], -1)
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
     return F.scaled_dot_product_attention(q, k, v, add, dropout, scale=rule.scale)
+
+
+def attend(
+    q: Float[Tensor, "b h t k"], k: Float[Tensor, "b g s k"], v: Float[Tensor, "b g s kv"], rule: Rule, dropout: float = 0.0
+) -> Float[Tensor, "b h t kv"]:
+    """The fastest way that there is for this call: all are the same function."""
+    if steady.on():
+        return steady_attention.attend(q, k, v, rule)
+    code = decoding.takes(q, k, v, rule, dropout)
+    if code is not None:
+        return decoding.attend(code, q, k, v, rule)
+    return (fused if has_fused(rule, q.device, dropout) else explicit)(q, k, v, rule, dropout)
 
 
 def explicit(

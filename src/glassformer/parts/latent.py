@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from glassformer.core import sites
@@ -29,8 +29,10 @@ from glassformer.core.mask import Everything, Mask
 from glassformer.core.spec import check_dropout, part
 from glassformer.core.tap import check_heads
 
+from . import steady
 from .attention import SelfAttention, _Attention, matrix_of
 from .kernels import Normaliser, Softmax
+from .linear import Linear, product
 from .norm import NoNorm, Norm, RMSNorm
 from .position import Position
 from .rotary import Rotary
@@ -94,14 +96,14 @@ class LatentAttentionLayer(_Attention):
         self.rank, self.d_nope, self.d_rope = spec.kv_lora_rank, spec.d_nope, spec.d_rope
         self.cached = self.rank + self.d_rope
         if spec.q_lora_rank is None:
-            self.q = nn.Linear(d, self.n_heads * self.d_head, bias=False)
+            self.q = Linear(d, self.n_heads * self.d_head, bias=False)
             self.SITES = tuple(s for s in sites.TABLE["latent"] if s is not sites.Q_LATENT) + sites.TABLE["attention"]
         else:
-            self.q_down = nn.Linear(d, spec.q_lora_rank, bias=spec.down_bias)
-            self.q_up = nn.Linear(spec.q_lora_rank, self.n_heads * self.d_head, bias=False)
+            self.q_down = Linear(d, spec.q_lora_rank, bias=spec.down_bias)
+            self.q_up = Linear(spec.q_lora_rank, self.n_heads * self.d_head, bias=False)
             self.SITES = sites.TABLE["latent"] + sites.TABLE["attention"]
-        self.kv_down = nn.Linear(d, self.rank + self.d_rope, bias=spec.down_bias)
-        self.kv_up = nn.Linear(self.rank, self.n_heads * (self.d_nope + self.d_value), bias=False)
+        self.kv_down = Linear(d, self.rank + self.d_rope, bias=spec.down_bias)
+        self.kv_up = Linear(self.rank, self.n_heads * (self.d_nope + self.d_value), bias=False)
 
     def build_norms(self, d: int) -> None:
         spec = self.spec
@@ -123,7 +125,7 @@ class LatentAttentionLayer(_Attention):
         alone = p.slot.layout == "none"
         edited = any(p.edits(s) for s in (sites.K, sites.V, sites.K_ROT))
         fresh = self.fresh(latent, rope, tables, p) if alone or p.tap is not None else None
-        if not alone and not edited and x.shape[1] == 1:
+        if not edited and (steady.on() or (not alone and x.shape[1] == 1)):
             up = matrix_of(self.kv_up).view(self.n_heads, self.d_nope + self.d_value, self.rank)
             return self.attend(*self.absorbed(q, latents, turned, up), mask, bias, p, lambda z: self.lift(z, up))
         if alone and fresh is not None:
@@ -172,13 +174,20 @@ class LatentAttentionLayer(_Attention):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, one key and one value in the latent space whose scores are those of the expanded ones; ``up`` is ``kv_up`` by heads."""
         w = up[:, : self.d_nope].to(q.dtype)  # [h k r]
-        inside = (q[..., : self.d_nope].transpose(1, 2) @ w).transpose(1, 2)
+        inside = _by_heads(q[..., : self.d_nope], w)
         return torch.cat([inside, q[..., self.d_nope :]], -1), torch.cat([latents, turned], -1), latents
 
     def lift(self, z: Float[Tensor, "b t h r"], up: Float[Tensor, "h kv r"]) -> Float[Tensor, "b t h k"]:
         """A mix of latents as the mix of values that it stands for."""
         w = up[:, self.d_nope :].to(z.dtype)
-        return (z.transpose(1, 2) @ w.transpose(1, 2)).transpose(1, 2)
+        return _by_heads(z, w.transpose(1, 2))
+
+
+def _by_heads(x: Tensor, w: Tensor) -> Tensor:
+    """Every head's vectors [b t h k] times its own matrix [h k r]: [b t h r]."""
+    if steady.on():
+        return torch.stack([product(x[:, :, i], w[i].T.contiguous()) for i in range(len(w))], 2)
+    return (x.transpose(1, 2) @ w).transpose(1, 2)
 
 
 def _heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:

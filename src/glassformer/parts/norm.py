@@ -26,6 +26,8 @@ from glassformer.core.numerics import wide
 from glassformer.core.sites import SCALE, Site
 from glassformer.core.spec import Spec, part
 
+from . import decoding, steady
+
 
 class Norm(Spec):
     """A map of each token's vector to one of controlled size."""
@@ -91,12 +93,18 @@ class LayerNormLayer(NormLayer):
 
     def forward(self, x: Float[Tensor, "*b d"], p: Pass) -> Float[Tensor, "*b d"]:
         if p.edits(SCALE):
+            steady.refuse("A norm's scale cannot be edited")
             centred = wide(x) - wide(x).mean(-1, keepdim=True)
             scale = p.see(SCALE, (centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
             y = (centred / scale).to(x.dtype) * self.weight
             return y if self.bias is None else y + self.bias
         # The kernel's third result is 1 / scale; a variance of its own would take as long as eight norms.
         p.offer(SCALE, lambda _: torch.native_layer_norm(wide(x), (self.d,), None, None, self.eps)[2].reciprocal())
+        quick = decoding.norm(x, self.weight, self.bias, self.eps)
+        if quick is not None:
+            return quick
+        if steady.on():
+            return steady.layer_norm(x, self.weight, self.bias, self.eps)
         return F.layer_norm(x, (self.d,), self.weight, self.bias, self.eps)
 
 
@@ -134,12 +142,19 @@ class RMSNormLayer(NormLayer):
 
     def forward(self, x: Float[Tensor, "*b d"], p: Pass) -> Float[Tensor, "*b d"]:
         if p.edits(SCALE):
+            steady.refuse("A norm's scale cannot be edited")
             y = wide(x) / p.see(SCALE, self._scale(x))
         else:
             p.offer(SCALE, lambda _: self._scale(x))
-            if self.offset == 0 and x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64):
+            quick = decoding.norm(x, self.weight, None, self.eps, rms=True, offset=self.offset, late=self.late)
+            if quick is not None:
+                return quick
+            if steady.on():
+                y = steady.rms_norm(x, self.eps)
+            elif self.offset == 0 and x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64):
                 return F.rms_norm(x, (self.d,), self.weight, self.eps)
-            y = F.rms_norm(wide(x), (self.d,), None, self.eps)
+            else:
+                y = F.rms_norm(wide(x), (self.d,), None, self.eps)
         if self.late:
             return (y * (self.offset + wide(self.weight))).to(x.dtype)
         return y.to(x.dtype) * (self.weight if self.offset == 0 else self.offset + self.weight)
@@ -169,7 +184,7 @@ class DynamicTanhLayer(NormLayer):
         self.bias = nn.Parameter(torch.zeros(d))
 
     def forward(self, x: Float[Tensor, "*b d"], p: Pass) -> Float[Tensor, "*b d"]:
-        return torch.tanh(self.alpha * x) * self.weight + self.bias
+        return steady.each(torch.tanh, self.alpha * x) * self.weight + self.bias
 
 
 @part

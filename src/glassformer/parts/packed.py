@@ -2,6 +2,7 @@
 
     rows of bytes ──► dequantise ──► W ──┐         gone again after the product
                                  x ──────┴─► x W^T + b
+    rows of bytes, few rows of x ────────────────► x W^T + b     compiled code, on a CPU (parts/linear.py)
 
     ids ──► their rows of bytes ──► dequantise ──► vectors      an embedding unpacks only the rows that are asked for
 
@@ -22,7 +23,9 @@ from torch.nn import functional as F
 from glassformer.core.blocks import dequantise, row_numbers
 from glassformer.core.errors import WeightsError
 
+from . import steady
 from .embed import EmbeddingLayer
+from .linear import Linear, packed_product, product
 from .readout import LanguageModelLayer
 
 AT_ONCE = 1 << 18  # numbers unpacked at a time: a megabyte, which a core keeps by itself; the product reads it from there (docs/log.md)
@@ -79,16 +82,20 @@ class Packed(nn.Module):
             for at in range(0, len(x), step):
                 yield dequantise(x[at : at + step], kind, dtype)
 
-    def product(self, x: Tensor) -> Tensor:
-        """``x W^T``: [.. columns] -> [.. rows]."""
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x W^T + b``: [.. columns] -> [.. rows]. Few rows meet the bytes as they lie; for more, W is unpacked."""
+        fast = packed_product(x, self.raws, self.types, bias)
+        if fast is not None:
+            return fast
         if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
             y: Tensor = _Product.apply(x, self)
-            return y
-        return self.times(x)
+        else:
+            y = self.times(x)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def times(self, x: Tensor) -> Tensor:
         """``x W^T``, strip by strip."""
-        made = [F.linear(x, w) for w in self.strips(x.dtype)]
+        made = [(product if steady.on() else F.linear)(x, w) for w in self.strips(x.dtype)]
         return made[0] if len(made) == 1 else torch.cat(made, -1)
 
     def extra_repr(self) -> str:
@@ -129,8 +136,7 @@ class PackedLinear(Packed):
         return self.whole()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.product(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.product(x, self.bias)
 
 
 class PackedEmbedding(EmbeddingLayer):
@@ -208,7 +214,7 @@ def packable(model: Any, path: str) -> bool:
     """Whether the parameter at ``path`` is a matrix that can stay packed: of a linear layer, an embedding or a read-out of its own."""
     owner, _, leaf = path.rpartition(".")
     module = model.get_submodule(owner)
-    if type(module) is nn.Linear:
+    if type(module) in (nn.Linear, Linear):
         above, _, name = owner.rpartition(".")
         used_whole = getattr(type(model.get_submodule(above)), "MATRICES", ())  # taken apart as matrices for every token: unpacked once is faster
         return leaf == "weight" and name not in used_whole
@@ -260,7 +266,7 @@ def unpack(model: Any) -> Any:
         above, _, name = path.rpartition(".")
         parent = model.get_submodule(above)
         if isinstance(module, PackedLinear):
-            made: Any = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            made: Any = Linear(module.in_features, module.out_features, bias=False, device="meta")
             made.weight, made.bias = nn.Parameter(module.weight), module.bias
             setattr(parent, name, made.train(module.training))
         elif isinstance(module, PackedEmbedding):

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from glassformer.core.errors import InputError, SpecError
 from glassformer.core.spec import Spec, part
 
+from . import steady
+
 
 class Position(Spec):
     """A way to tell order."""
@@ -120,9 +122,10 @@ class SinusoidalLayer(PositionLayer):
         exact = torch.float32 if x.device.type == "mps" else torch.float64
         rates = self.spec.base ** (-torch.arange(0, self.d, 2, device=x.device, dtype=exact) / self.d)
         angles = positions[..., None].to(exact) * rates
+        sines, cosines = steady.each(torch.sin, angles), steady.each(torch.cos, angles)
         if self.spec.layout == "halves":
-            return torch.cat([angles.sin(), angles.cos()[..., : self.d // 2]], -1).to(x.dtype)
-        return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)[..., : self.d].to(x.dtype)
+            return torch.cat([sines, cosines[..., : self.d // 2]], -1).to(x.dtype)
+        return torch.stack([sines, cosines], -1).flatten(-2)[..., : self.d].to(x.dtype)
 
 
 @part
@@ -246,7 +249,7 @@ class T5BucketsLayer(PositionLayer):
         else:
             distance = (-offset).clamp(min=0)
         exact = n // 2
-        far = exact + (torch.log(distance.float().clamp(min=1) / exact) / math.log(self.spec.max_distance / exact) * (n - exact)).long()
+        far = exact + (steady.each(torch.log, distance.float().clamp(min=1) / exact) / math.log(self.spec.max_distance / exact) * (n - exact)).long()
         return base + torch.where(distance < exact, distance, far.clamp(max=n - 1))
 
     def bias(self, q_index: Tensor, k_index: Tensor) -> Tensor:

@@ -18,8 +18,10 @@ from glassformer.core.flow import Pass
 from glassformer.core.sites import LOGITS, Site
 from glassformer.core.spec import Spec, check_dropout, part
 
+from . import steady
 from .embed import EmbeddingLayer, Scale, Unit
 from .feedforward import activation
+from .linear import Linear, product
 from .norm import NoNorm, Norm, NormLayer
 
 CLASS_LOGITS = Site("logits", "b v", "scores over the classes before soft-max")
@@ -86,11 +88,11 @@ class DenseLayer(TransformLayer):
         super().__init__()
         self.width = d if spec.width is None else spec.width
         self.act = activation(spec.act)
-        self.linear = nn.Linear(d, self.width, bias=spec.bias)
+        self.linear = Linear(d, self.width, bias=spec.bias)
         self.norm = spec.norm.build(self.width)
 
     def forward(self, x: Tensor, p: Pass) -> Tensor:
-        y: Tensor = self.norm(self.act(self.linear(x)), p.at("norm"))
+        y: Tensor = self.norm(steady.each(self.act, self.linear(x)), p.at("norm"))
         return y
 
 
@@ -162,12 +164,12 @@ class LanguageModelLayer(ReadOutLayer):
             h = h * self.factor
         logits = self.scores(h)
         if self.spec.cap is not None:
-            logits = self.spec.cap * torch.tanh(logits / self.spec.cap)
+            logits = self.spec.cap * steady.each(torch.tanh, logits / self.spec.cap)
         return p.see(LOGITS, logits)
 
     def scores(self, h: Tensor) -> Tensor:
         """``h W^T + b``."""
-        return F.linear(h, self.weight, self.bias)
+        return product(h, self.weight, self.bias)
 
 
 # Over classes
@@ -195,7 +197,7 @@ class TaggerLayer(ReadOutLayer):
         super().__init__()
         self.spec = spec
         self.transform = None if spec.transform is None else spec.transform.build(d)
-        self.linear = nn.Linear(d if self.transform is None else self.transform.width, spec.n_classes)
+        self.linear = Linear(d if self.transform is None else self.transform.width, spec.n_classes)
 
     def forward(self, h: Float[Tensor, "b t d"], p: Pass) -> Float[Tensor, "b t v"]:
         y = h if self.transform is None else self.transform(h, p.at("readout").at("transform"))
@@ -232,9 +234,9 @@ class Mean(Pool):
 
     def pool(self, h: Tensor, lengths: Tensor | None) -> Tensor:
         if lengths is None:
-            return h.mean(1)
+            return steady.total(h, 1)[:, 0] / h.shape[1] if steady.on() else h.mean(1)
         real = (torch.arange(h.shape[1], device=h.device)[None] < lengths[:, None])[..., None].to(h.dtype)
-        return (h * real).sum(1) / real.sum(1)
+        return (steady.total(h * real, 1)[:, 0] if steady.on() else (h * real).sum(1)) / real.sum(1)
 
 
 @part
@@ -263,7 +265,7 @@ class ClassifierLayer(ReadOutLayer):
         super().__init__()
         self.spec = spec
         self.transform = None if spec.transform is None else spec.transform.build(d)
-        self.linear = nn.Linear(d if self.transform is None else self.transform.width, spec.n_classes)
+        self.linear = Linear(d if self.transform is None else self.transform.width, spec.n_classes)
 
     def forward(self, h: Float[Tensor, "b t d"], p: Pass) -> Float[Tensor, "b v"]:
         y = self.spec.pool.pool(h, p.lengths)
@@ -297,4 +299,8 @@ class VectorLayer(ReadOutLayer):
     def forward(self, h: Float[Tensor, "b t d"], p: Pass) -> Float[Tensor, "b d"]:
         y = self.spec.pool.pool(h, p.lengths)
         y = y if self.transform is None else self.transform(y, p.at("readout").at("transform"))
-        return p.see(VECTOR, F.normalize(y, dim=-1) if self.spec.normalise else y)
+        return p.see(VECTOR, _of_length_one(y) if self.spec.normalise else y)
+
+
+def _of_length_one(y: Tensor) -> Tensor:
+    return y / steady.total(y * y).sqrt().clamp(min=1e-12) if steady.on() else F.normalize(y, dim=-1)

@@ -26,6 +26,7 @@ from torch import Tensor
 from glassformer.core.errors import SpecError
 from glassformer.core.spec import Spec, part
 
+from . import decoding, steady
 from .position import Position, PositionLayer
 
 
@@ -133,6 +134,10 @@ class DynamicNTKScaling(RopeScaling):
 
     def fit(self, frequencies: Tensor, positions: Tensor, lengths: Tensor | None) -> Tensor:
         n = _reach(positions, lengths).clamp(min=self.original_context)
+        if steady.on():
+            if int(n.max()) > self.original_context:
+                steady.refuse(f"DynamicNTKScaling turns keys beyond {self.original_context} places by how long the call is, which cannot be had")
+            return frequencies
         stretch = self.factor * n / self.original_context - (self.factor - 1)
         # (base s^(dim / (dim - 2)))^(-2i / dim) = base^(-2i / dim) s^(-2i / (dim - 2)): exactly the plain ones at s = 1.
         i = torch.arange(frequencies.shape[-1], device=frequencies.device, dtype=torch.float32)
@@ -299,10 +304,13 @@ class RotaryLayer(PositionLayer):
         angles = positions[..., None].float() * self.spec.scaling.fit(self.frequencies(positions.device), positions, lengths)
         angles = torch.cat([angles, angles], -1) if self.spec.layout == "half" else angles.repeat_interleave(2, -1)
         m = self.spec.scaling.magnitude
-        return angles.cos() * m, angles.sin() * m
+        return steady.each(torch.cos, angles) * m, steady.each(torch.sin, angles) * m
 
     def rotate(self, x: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
         assert tables is not None
+        quick = decoding.turn(x, tables, self.spec.layout == "half")
+        if quick is not None:
+            return quick
         cos, sin = (t[..., None, :].to(x.dtype) for t in tables)  # [t 1 dim] or [b t 1 dim]
         turned, rest = (x, None) if self.dim == self.d_head else (x[..., : self.dim], x[..., self.dim :])
         turned = turned * cos + self._quarter(turned) * sin

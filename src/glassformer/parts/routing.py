@@ -23,6 +23,8 @@ from glassformer.core.errors import SpecError
 from glassformer.core.numerics import wide
 from glassformer.core.spec import Spec, part
 
+from . import steady
+
 # Which experts may be chosen
 
 
@@ -71,7 +73,8 @@ class Groups(Grouping):
 
     def allow(self, scores: Float[Tensor, "*b e"]) -> Float[Tensor, "*b e"]:
         grouped = scores.unflatten(-1, (self.n, -1))
-        kept = grouped.topk(self.best, -1).values.sum(-1).topk(self.keep, -1).indices
+        best = grouped.topk(self.best, -1).values
+        kept = (steady.total(best)[..., 0] if steady.on() else best.sum(-1)).topk(self.keep, -1).indices
         open_ = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=scores.device).scatter(-1, kept, True)
         return grouped.masked_fill(~open_[..., None], -math.inf).flatten(-2)
 
@@ -130,7 +133,7 @@ class RoutingLayer(nn.Module):
         self.spec = spec
 
     def forward(self, logits: Float[Tensor, "b t e"]) -> Float[Tensor, "b t e"]:
-        return torch.softmax(logits, -1)
+        return steady.softmax(logits) if steady.on() else torch.softmax(logits, -1)
 
     def choose(self, scores: Float[Tensor, "b t e"], k: int) -> Int[Tensor, "b t c"]:
         """The ``k`` experts of each token, best first."""
@@ -158,7 +161,7 @@ class SigmoidRoutingLayer(RoutingLayer):
         return self
 
     def forward(self, logits: Float[Tensor, "b t e"]) -> Float[Tensor, "b t e"]:
-        return torch.sigmoid(logits)
+        return steady.each(torch.sigmoid, logits)
 
     def choose(self, scores: Float[Tensor, "b t e"], k: int) -> Int[Tensor, "b t c"]:
         return super().choose(scores + self.correction.detach().to(scores.dtype), k)

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from glassformer.core.fields import typed
 from glassformer.core.numerics import device_named, dtype_named
 from glassformer.models.anatomy import bytes_of
 
-from . import assign, own, sentence
+from . import assign, holding, own, sentence
 from .assign import Filling, Plan
 from .family import Family, family_of
 from .quantise import check as check_quantise, dtype_for, quantisable, quantise as quantise_all, quantise_layer
@@ -256,6 +256,19 @@ class Opened:
         return f"{self.path}: {self.family.name}, {what}, {len(self.tensors):,} tensors ({stored}), unread"
 
 
+def _hold(loaded: own.Loaded, weights: str) -> own.Loaded:
+    model, report = loaded.model, loaded.report
+    if weights in holding.BLOCKS:
+        holding.hold(model, weights)
+    elif weights == "auto":
+        model.to(holding.faster(model, next(model.parameters()).dtype))
+    if report is None or weights not in (*holding.BLOCKS, "auto"):
+        return loaded
+    kind = str(next(model.parameters()).dtype).removeprefix("torch.") + (f", matrices in {weights} blocks" if weights in holding.BLOCKS else "")
+    size = sum(bytes_of(x) for x in (*model.parameters(), *model.buffers()))
+    return loaded._replace(report=replace(report, dtype=kind, bytes=size))
+
+
 def _blocks_in(quantise: str | None) -> str:
     return "" if quantise is None else f", the blocks' matrices in {quantise}"
 
@@ -306,11 +319,17 @@ def load(
     *,
     packed: bool = False,
     quantise: str | None = None,
+    weights: str | None = None,
 ) -> own.Loaded:
     """The model at ``path``, its tokenizer and settings: our own format, a Hugging Face folder, a .gguf file, or ``hf://owner/name``.
 
     In one word :func:`open` and :meth:`Opened.load`; of a foreign checkpoint ``extra`` holds its ``config`` and ``generation`` settings.
+    ``weights``: how the matrices are held in memory, ``"float32"``, ``"bfloat16"``, ``"int8"``, ``"int4"`` or ``"auto"`` (see weights/holding.py); None: as
+    ``dtype`` says.
     """
+    if weights is not None:
+        holding.check(weights, dtype, packed, quantise)
+        return _hold(load(path, device, holding.dtype_for(weights, dtype)), weights)
     opened = open(path)
     if opened.family is None and not packed:
         loaded = own.load(opened.path, device, dtype)

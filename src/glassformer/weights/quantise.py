@@ -24,6 +24,7 @@ from torch import nn
 
 from glassformer.core.errors import WeightsError, did_you_mean
 from glassformer.core.fields import typed
+from glassformer.parts.linear import Linear
 
 KINDS = ("int8", "int4")
 GROUPS = (128, 64, 32)
@@ -55,7 +56,7 @@ def quantisable(model: nn.Module) -> dict[str, nn.Linear]:
     found = {
         path: m
         for path, m in model.named_modules()
-        if type(m) is nn.Linear and "blocks" in path.split(".") and not path.endswith(".router") and path not in left
+        if type(m) in (nn.Linear, Linear) and "blocks" in path.split(".") and not path.endswith(".router") and path not in left
     }
     for path, layer in found.items():
         if hasattr(layer.weight, "tensor_data_names"):

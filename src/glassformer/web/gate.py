@@ -1,0 +1,82 @@
+"""The gate: what every request passes before anything of it is read.
+
+    request ──► counted ──► is the server stopping? ──► origin ──► key ──► application
+                              503                        403        401
+
+A web page of another origin is refused even without a key, since a browser would send its requests to a server on the reader's own machine.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .problems import Problem
+from .served import Gate, Served
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+OPEN = ("/", "/health")
+"""Paths that need no key."""
+
+
+class GateMiddleware:
+    """Counts, and refuses what is not to be let in. ``origins``: those whose pages may ask; ``host``: where the server listens."""
+
+    def __init__(self, app: ASGIApp, served: Served, key: str | None, origins: Sequence[str], host: str, answer: Any):
+        self.app, self.served, self.origins, self.host, self.answer = app, served, frozenset(origins), host, answer
+        self.key = None if key is None else key.encode()
+
+    @property
+    def gate(self) -> Gate:
+        return self.served.gate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        status = 500
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        self.gate.running += 1
+        try:
+            problem = self.refused(scope)
+            await (self.app if problem is None else self.answer(problem))(scope, receive, counted)
+        finally:
+            self.gate.running -= 1
+            route = getattr(scope.get("route"), "path", "other")
+            self.served.metrics.requests.labels(route, str(status)).inc()
+
+    def refused(self, scope: Scope) -> Problem | None:
+        """Why a request is not let in, if it is not."""
+        path, headers = scope["path"], {k.lower(): v for k, v in scope["headers"]}
+        if self.gate.draining and path != "/health":
+            return Problem(503, "The server is stopping: it finishes what runs and takes nothing new.", headers={"Retry-After": "10"})
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if origin and origin not in self.origins and "*" not in self.origins and not self._own(origin):
+            return Problem(
+                403, f"Pages of {origin[:100]} may not ask this server: start it with --cors {origin[:100]} if they should.", code="origin_not_allowed"
+            )
+        if self.key is None or path in OPEN or scope["method"] == "OPTIONS":
+            return None
+        given = headers.get(b"authorization", b"")
+        scheme, _, token = given.partition(b" ")
+        if scheme.lower() == b"bearer" and hmac.compare_digest(token.strip(), self.key):
+            return None
+        said = "The key is not that of this server" if token else "This server needs a key, and none was given"
+        return Problem(401, f"{said}: send it as 'Authorization: Bearer KEY'.", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    def _own(self, origin: str) -> bool:
+        try:
+            host = urlsplit(origin).hostname
+        except ValueError:
+            return False
+        return host is not None and (host in LOOPBACK or host == self.host)
