@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,9 +86,8 @@ class LlamaCpp:
         import llama_cpp
 
         self.lib = llama_cpp
-        with open(os.devnull, "w") as silent, redirect_stderr(silent):
-            params = llama_cpp.llama_model_default_params()
-            self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), params)
+        llama_cpp.llama_backend_init()
+        self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
         self.vocab = 50_257
 
     def context(self, tokens: int, rows: int = 1) -> Any:

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         Visible as Visible,
         Window as Window,
     )
+    from .core.modes import deterministic as deterministic
     from .core.numerics import seed_everything as seed_everything
     from .core.spec import Spec as Spec, part as part, registered as registered
     from .core.tap import Edit as Edit, Record as Record, Tap as Tap
@@ -196,6 +197,7 @@ _DOOR: dict[str, tuple[str, ...]] = {
     ),
     "core.flow": ("Ledger",),
     "core.cache": ("Cache",),
+    "core.modes": ("deterministic",),
     "core.numerics": ("seed_everything",),
     "core.errors": (
         "GlassformerError",

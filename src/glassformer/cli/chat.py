@@ -23,7 +23,8 @@ def chat(
     capacity: Annotated[int, typer.Option("--capacity", min=16, help="Tokens of the whole conversation.")] = 4096,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, ...; by default the file's (float16 becomes float32 on a CPU).")] = None,
     packed: Annotated[bool, typer.Option("--packed", help="Keep the quantised matrices of a .gguf file packed in memory.")] = False,
-    quantise: Annotated[str | None, typer.Option("--quantise", metavar="KIND", help="int8 or int4: quantise the matrices while loading.")] = None,
+    quantise: Annotated[str | None, typer.Option("--quantise", metavar="KIND", help="int8 or int4: quantise while loading, by torchao.")] = None,
+    weights: sampling.Weights = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps; by default the best there is.")] = None,
 ) -> int:
     """Talk to a model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D ends. What comes through a pipe is one message per line."""
@@ -31,7 +32,7 @@ def chat(
     from .talk import Talk
     from .terminal import Terminal
 
-    loaded = open_model(model, device, dtype, packed, quantise)
+    loaded = open_model(model, device, dtype, packed, quantise, weights)
     tokenizer_of(loaded, model)
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     settings = sampling.settings(loaded.extra.get("generation", {}), given, more)

@@ -15,12 +15,6 @@ if TYPE_CHECKING:
     from ..infer import Token, Trace
 
 
-WEIGHTS = (
-    "How the matrices are held in memory: float32, bfloat16, int8 or int4 (blocks of 32 numbers; on a CPU the fastest), or auto (float32 or "
-    "bfloat16, whichever is faster here, where both hold the file exactly). By default the file's type."
-)
-
-
 def _check_traces(places: list[str] | None) -> list[str] | None:
     """``--trace`` is refused before anything is computed for it."""
     if places:
@@ -88,11 +82,12 @@ def generate(
     diversity_penalty: beams.DiversityPenalty = None,
     force_word: beams.ForceWord = None,
     beam_tree: beams.BeamTrees = None,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="The same bits with and without a draft, in any batch; slower.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a message, put into the model's own chat template.")] = False,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, ...; by default the file's (float16 becomes float32 on a CPU).")] = None,
     packed: Annotated[bool, typer.Option("--packed", help="Keep the quantised matrices of a .gguf file packed in memory.")] = False,
     quantise: Annotated[str | None, typer.Option("--quantise", metavar="KIND", help="int8 or int4: quantise while loading, by torchao.")] = None,
-    weights: Annotated[str | None, typer.Option("--weights", metavar="KIND", help=WEIGHTS)] = None,
+    weights: sampling.Weights = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps; by default the best there is.")] = None,
     edits: Edits = None,
 ) -> None:
@@ -129,6 +124,7 @@ def generate(
             "max_new_tokens": max_new_tokens,
             "seed": seed,
             "stop": stop or (),
+            "deterministic": deterministic,
         }
         run |= {"draft": draft, "prompt_lookup_num_tokens": prompt_lookup}  # which a search refuses
         beams.run(loaded.model, asked_of, beginning, beam_tree, **run, **chosen, logprobs=logprobs, trace=bool(trace), tap=edits_of(edits, loaded))
@@ -145,6 +141,7 @@ def generate(
         logprobs=logprobs,
         trace=candidates if trace else False,
         tap=edits_of(edits, loaded),
+        deterministic=deterministic,
         draft=None if draft is None else open_model(draft, device, dtype, packed, quantise),
         draft_tokens=draft_tokens,
         prompt_lookup_num_tokens=prompt_lookup,

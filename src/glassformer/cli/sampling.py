@@ -60,6 +60,16 @@ PromptLookup = Annotated[
 DraftTokens = Annotated[int | None, typer.Option("--draft-tokens", metavar="N", min=1, help="How many tokens --draft guesses at a time; 5.")]
 ShowSampler = Annotated[bool, typer.Option("--show-sampler", help="Say first (on standard error) what is done in which order.")]
 
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="KIND",
+        help="How the matrices are held in memory: float32, bfloat16, int8 or int4 (blocks of 32 numbers), or auto (float32 or bfloat16, whichever "
+        "is faster here, where both hold the file exactly). By default the file's type.",
+    ),
+]
+
 ON_TOKENS = ("repetition_penalty", "no_repeat_ngram_size", "forced_bos_token_id", "forced_eos_token_id")
 NUMBERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff", *ON_TOKENS)
 """What a checkpoint's own settings may say."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import InputError
+from . import sampling
 
 if TYPE_CHECKING:
     from ..weights.own import Loaded
@@ -34,9 +35,11 @@ def serve(
     cache_dtype: Annotated[
         str | None, typer.Option("--cache-dtype", help="Keep keys and values as bfloat16 or int8; by default as the model makes them.")
     ] = None,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="The same bits for a request whatever else is at work; slower.")] = False,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, ...; by default the file's (float16 becomes float32 on a CPU).")] = None,
     packed: Annotated[bool, typer.Option("--packed", help="Keep the quantised matrices of a .gguf file packed in memory.")] = False,
-    quantise: Annotated[str | None, typer.Option("--quantise", metavar="KIND", help="int8 or int4: quantise the matrices while loading.")] = None,
+    quantise: Annotated[str | None, typer.Option("--quantise", metavar="KIND", help="int8 or int4: quantise while loading, by torchao.")] = None,
+    weights: sampling.Weights = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps; by default the best there is.")] = None,
     devices: Annotated[int, typer.Option("--devices", min=1, help="This server runs on one; for more it says how to go on.")] = 1,
     cors: Annotated[
@@ -55,8 +58,8 @@ def serve(
     from ..web import Limits, Served, create_app, serve
     from .models import open_model
 
-    loaded = open_model(model, device, dtype, packed, quantise)
-    engine = engine_of(loaded, slots=slots, capacity=capacity, queue=queue, memory=memory, cache_dtype=cache_dtype)
+    loaded = open_model(model, device, dtype, packed, quantise, weights)
+    engine = engine_of(loaded, slots=slots, capacity=capacity, queue=queue, memory=memory, cache_dtype=cache_dtype, deterministic=deterministic)
     limits = Limits(answer_seconds=time_limit, drain_seconds=drain, body_bytes=int(body_limit * 1e6))
     served = Served(loaded, name or _name(model), engine, limits, edits, sites)
     app = create_app(served, key=api_key or None, cors=cors or (), host=host)

@@ -1,7 +1,7 @@
 """Modes for the length of a call: evaluation (a model's modules), and determinism (this thread).
 
-    with deterministic():            # as with torch.no_grad(): for this thread, until the block ends
-        logits = model(tokens)       # a row has the same bits in any batch, padded on any side, cached or not
+with deterministic():            # as with torch.no_grad(): for this thread, until the block ends
+    logits = model(tokens)       # a row has the same bits in any batch, padded on any side, cached or not
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import local
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from . import native
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -66,3 +68,14 @@ def deterministic(on: bool = True) -> Iterator[None]:
             yield
     finally:
         _thread.deterministic = False
+
+
+def deterministically(events: Iterator[T]) -> Iterator[T]:
+    """The same events, each made in deterministic mode; who takes them is not in it in between."""
+    while True:
+        with deterministic():
+            try:
+                event = next(events)
+            except StopIteration:
+                return
+        yield event

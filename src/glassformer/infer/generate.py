@@ -28,6 +28,7 @@ from torch import Tensor
 from glassformer.core.cache import Cache
 from glassformer.core.errors import InputError, SamplerError, did_you_mean
 from glassformer.core.fields import check, described, hints
+from glassformer.core.modes import deterministic, deterministically
 from glassformer.core.tap import Tap
 
 from .combining import combine
@@ -118,6 +119,7 @@ class Options(Settings, total=False):
     tap: Tap | None  # sees every call of the model; paths begin with step.{n}., step 0 is the prefill
     logprobs: int  # how many of the most probable tokens to report beside each
     trace: bool | int  # record what each link did to the candidates; a number says how many of every stage are kept (True: 10)
+    deterministic: bool | None  # the same bits whatever the batch, the cache and the drafts are (slower: docs/generate/deterministic.md)
     decoder_start: int | Sequence[int] | None  # encoder-decoder: how the target begins; default the model's own (spec.start)
     # Speculative decoding: many tokens from one forward pass
     draft: Any  # who guesses: a smaller model of the same vocabulary, PromptLookup(), or anything with propose(ids, n)
@@ -181,7 +183,8 @@ def generate(model: Any, prompt: Prompt, *, stream: Callable[[Token], object] | 
     for token in run.events() if run.search is None else ():
         if stream is not None:
             stream(token)
-    done = [row.result() for row in run.rows] if run.search is None else run.found(run.search)
+    with deterministic(run.session.deterministic):
+        done = [row.result() for row in run.rows] if run.search is None else run.found(run.search)
     return done[0] if run.single else done
 
 
@@ -278,9 +281,10 @@ class _Run:
         """Read the options and check them against each other; nothing runs but an encoder."""
         searching, given = read_searching(_checked(options))
         model, given = combine(model, given)
-        run = _Run._read(model, prompt, **given)
-        if searching is not None:
-            run.searching, run.search = searching, searching.over(run.session, run.rows, given.get("logprobs", 0))
+        with deterministic(bool(given.get("deterministic"))):
+            run = _Run._read(model, prompt, **given)
+            if searching is not None:
+                run.searching, run.search = searching, searching.over(run.session, run.rows, given.get("logprobs", 0))
         return run
 
     @staticmethod
@@ -298,6 +302,7 @@ class _Run:
         tap: Tap | None = None,
         logprobs: int = 0,
         trace: bool | int = False,
+        deterministic: bool | None = False,
         decoder_start: int | Sequence[int] | None = None,
         draft: Any = None,
         draft_tokens: int | None = None,
@@ -324,6 +329,7 @@ class _Run:
             raise InputError("decoder_start is for encoder-decoder models; this one continues the prompt itself.")
         eos = eos_ids(eos_id, tokenizer)
         running: dict[str, Any] = {"room": max_new_tokens, "cache": cache, "seed": run_seed, "seeds": seeds, "tap": tap, "top": logprobs, "trace": kept}
+        running["deterministic"] = bool(deterministic)
         guesser, n = read_draft(model, draft, draft_tokens, prompt_lookup_num_tokens, draft_rule, tokenizer)
         if guesser is None:
             session = Session(model, starts, chain, source=source, **running)
@@ -354,6 +360,9 @@ class _Run:
 
     def events(self) -> Iterator[Token]:
         """Step until every row has finished."""
+        return deterministically(self._events()) if self.session.deterministic else self._events()
+
+    def _events(self) -> Iterator[Token]:
         session, live = self.session, self.rows
         while True:
             over = [j for j, row in enumerate(live) if row.finish]

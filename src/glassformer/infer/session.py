@@ -27,9 +27,9 @@ from glassformer.core.cache import Cache
 from glassformer.core.errors import CacheError, InputError, SamplerError
 from glassformer.core.fields import check, described, hints
 from glassformer.core.mask import Causal, Mask
-from glassformer.core.modes import evaluating
+from glassformer.core.modes import deterministic, evaluating
 from glassformer.core.tap import Tap
-from glassformer.parts import decoding
+from glassformer.parts import decoding, steady
 from glassformer.parts.position import LearnedLayer
 from glassformer.parts.readout import LanguageModel
 from glassformer.parts.rotary import RotaryLayer
@@ -38,6 +38,8 @@ from .sampler import Chain, Link, Passed, as_history
 from .state import State
 from .trace import Choice
 from .tracing import measure
+
+COMPILED = "Deterministic mode runs a model as it is written, and this one was compiled by torch.compile: give the model itself."
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Session:
     ``cache``: None makes one with room for ``room`` more tokens; a Cache of yours goes on from what it holds, and is yours afterwards: it
     holds all tokens but the last (penalties see the tokens of this session only); False computes everything anew at each step, the slow
     twin. ``seeds`` are the rows' own. ``top``: how many of the most probable tokens to report. ``source``: an encoder-decoder's.
-    ``trace``: how many candidates of every stage of the sampler to keep (0: no trace).
+    ``trace``: how many candidates of every stage of the sampler to keep (0: no trace). ``deterministic``: the same bits in any batch, cached or not
+    (see :func:`glassformer.deterministic`).
     Raises :class:`InputError` or :class:`CacheError` before anything runs if the tokens will not fit, and :class:`InputError` for a model that
     predicts no tokens.
     """
@@ -78,6 +81,7 @@ class Session:
         top: int = 0,
         source: Source | None = None,
         trace: int = 0,
+        deterministic: bool = False,
     ):
         check("Session", {"prompts": prompts, "sampler": sampler, "room": room, "cache": cache}, hints(Session.__init__), InputError)
         if room < 0:
@@ -86,6 +90,9 @@ class Session:
             raise InputError(f"Generation needs at least one token in every row, but the rows have {[len(p) for p in prompts]} tokens.")
         _check_readout(model)
         self.model, self.tap, self.top, self.source, self.trace = model, tap, top, source, trace
+        self.deterministic = deterministic
+        if deterministic and hasattr(model, "_orig_mod"):
+            raise InputError(COMPILED)
         self.sampler = sampler if isinstance(sampler, Chain) else Chain((sampler,))
         self.lengths = [len(p) for p in prompts]
         longest, device = max(self.lengths), _device(model)
@@ -126,7 +133,8 @@ class Session:
 
         Raises :class:`SamplerError` if the links leave a row nothing to choose from, or the model gave NaN.
         """
-        return self._step(frozen=())
+        with deterministic(self.deterministic):
+            return self._step(frozen=())
 
     def _step(self, frozen: Sequence[int], over: Sequence[int] = ()) -> Drawn:
         """A step in which the cache takes no token of the ``frozen`` rows; what they and the rows that are ``over`` draw means nothing."""
@@ -320,7 +328,9 @@ def _measure(logits: Tensor, chosen: Tensor, top: int) -> Drawn:
     """Log-probabilities of what was drawn; everything comes to the host in one transfer."""
     logits = logits.float()
     quick = decoding.logsumexp(logits)
-    total = logits.logsumexp(dim=-1, keepdim=True) if quick is None else quick
+    if quick is None:
+        quick = steady.logsumexp(logits) if steady.on() else logits.logsumexp(dim=-1, keepdim=True)
+    total = quick
     columns = [chosen[:, None].double(), (logits.gather(1, chosen[:, None].clamp(min=0)) - total).double()]
     if top:
         values, ids = logits.topk(min(top, logits.shape[-1]), dim=-1)

@@ -120,6 +120,7 @@ class Speculative(Session):
         sources: Sequence[Sequence[int]] | None = None,
         trace: int = 0,
         ends: frozenset[int] = frozenset(),
+        deterministic: bool = False,
     ):
         guesser, n = read_draft(model, draft, None if draft is None else draft_tokens)
         if guesser is None:
@@ -129,7 +130,8 @@ class Speculative(Session):
                 f"A draft guesses for one model, but {type(model).__name__} combines several passes in each step: leave the draft out, or the combination."
             )
         held = cache if isinstance(cache, Cache) else False
-        super().__init__(model, prompts, sampler, room=room, cache=held, seed=seed, seeds=seeds, tap=tap, top=top, source=source, trace=trace)
+        own: dict[str, Any] = {"seed": seed, "seeds": seeds, "tap": tap, "top": top, "source": source, "trace": trace, "deterministic": deterministic}
+        super().__init__(model, prompts, sampler, room=room, cache=held, **own)
         self.draft_tokens, self.ends, self.forwards = n, ends, 0
         self.rule = _rule(rule, guesser, self.sampler)
         b, longest = len(self.lengths), max(self.lengths)

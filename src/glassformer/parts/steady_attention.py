@@ -167,4 +167,3 @@ def _weights(scores: Tensor, counts: Tensor, rule: Rule) -> Tensor:
     if sink is not None:
         sum = sum + steady.each(torch.exp, sink.to(scores) - base)
     return torch.where(sum == 0, 0.0, e / sum)
-

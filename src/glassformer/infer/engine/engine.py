@@ -23,12 +23,13 @@ from typing import Any, Literal, Unpack
 
 import torch
 
+from glassformer.core.cache import Ring
 from glassformer.core.errors import Cancelled, EngineError, InputError, QueueFull, SamplerError
-from glassformer.core.modes import evaluating
+from glassformer.core.modes import deterministic as in_mode, evaluating
 from glassformer.core.packed_cache import FORMS
 
 from ..generate import Generated, Options, Prompt, read_prompts
-from ..session import _check_readout, _device, position_limit
+from ..session import COMPILED, _check_readout, _device, position_limit
 from .choosing import Outcome, choose
 from .limits import check_job, slots_in
 from .request import Job, Request, read
@@ -44,7 +45,8 @@ class Engine:
     ``slots``: requests at work at once; ``capacity``: tokens of one of them, prompt and new ones together; ``queue``: how many may wait.
     ``prefill_chunk``: prompt tokens read per step, so that a long prompt does not stop the others. ``cache_dtype``: None keeps keys and values as
     the model makes them, ``"bfloat16"`` and ``"int8"`` (a scale per vector) shorter. ``prefix``: take over what another row has read of the same
-    beginning. ``memory``: bytes for the cache (``"2 GB"``), which may mean fewer slots. ``eos_id``, ``seed``: for requests that say none.
+    beginning. ``deterministic``: a request's tokens and log-probabilities to the last bit what they are alone, whoever else is at work (slower).
+    ``memory``: bytes for the cache (``"2 GB"``), which may mean fewer slots. ``eos_id``, ``seed``: for requests that say none.
 
     What a step computes with comes on top of the cache: at most ``prefill_chunk`` tokens of prompts and one of every request. Prompts of requests
     with a tap, of encoders, and beyond the reach of rotary positions that look at the length (LongRope, DynamicNTKScaling) are read in one piece.
@@ -66,6 +68,7 @@ class Engine:
         memory: str | int | None = None,
         eos_id: int | Iterable[int] | None = None,
         seed: int | None = None,
+        deterministic: bool = False,
     ):
         for name, number in {"slots": slots, "capacity": capacity, "queue": queue, "prefill_chunk": prefill_chunk}.items():
             if not isinstance(number, int) or number < 1:
@@ -81,11 +84,19 @@ class Engine:
         limit = position_limit(model)
         self.model, self.tokenizer, self.eos_id, self.seed = model, tokenizer, eos_id, seed
         self.slots, self.capacity, self.prefill_chunk = slots, capacity if limit is None else min(capacity, limit), prefill_chunk
+        self.deterministic = deterministic
+        if deterministic and hasattr(model, "_orig_mod"):
+            raise InputError(COMPILED)
         self._device = _device(model)
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(model), in_mode(deterministic):
             if memory is not None:
                 self.slots = slots_in(memory, Rows(model, 1, self.capacity, self._device, 1, False, cache_dtype).cache.bytes, slots)
             self._rows = Rows(model, self.slots, self.capacity, self._device, prefill_chunk, prefix, cache_dtype)
+        if deterministic and cache_dtype is not None and any(isinstance(slot, Ring) for layer in self._rows.cache.layers for slot in layer.values()):
+            raise InputError(
+                f"Engine(deterministic=True, cache_dtype={cache_dtype!r}): layers with a window read a call's tokens before they are made shorter, so what "
+                "comes out depends on how a prompt is cut. Leave cache_dtype out."
+            )
         self._waiting = Waiting(queue)
         self._counters = Counters()
         self._lock = threading.Condition()  # of the queue and of what is asked for
@@ -186,7 +197,7 @@ class Engine:
         """One step: some of the prompts is read, and every request that has read its own gets a token. Whether there was anything to do."""
         if self._stepper == threading.get_ident():
             raise EngineError("This is asked for from inside a step, by a callback: a step cannot wait for another one. Let another thread ask.")
-        with self._turn, torch.no_grad(), evaluating(self.model):
+        with self._turn, torch.no_grad(), evaluating(self.model), in_mode(self.deterministic):
             self._stepper = threading.get_ident()
             try:
                 return self._step()
