@@ -231,3 +231,25 @@ def test_a_ragged_step_says_how_far_each_row_sees_and_makes_no_matrix():
     assert mask.dense.squeeze().tolist() == [[False] * 3 + [True] * 4, [True] * 4 + [False] * 3]
     assert resolve(Causal(), index, keys, rows=2).ends is None  # nobody said that key j is the one at place j
     assert resolve(Causal(), torch.arange(9, 20)[None], torch.arange(20), rows=1, in_order=True).ends is None  # more queries than a step has
+
+
+@pytest.mark.parametrize(("d", "window"), [(4, None), (20, None), (64, None), (64, 100), (20, 37)])
+def test_a_query_has_the_same_bits_alone_and_among_others(d: int, window: int | None) -> None:
+    """Whatever the tail of a head (fused everywhere) and whatever the windows of the other queries (a key keeps its lane)."""
+    s, t = 150, 5
+    mask = Causal() if window is None else Causal() & Window(window)
+    for seed in range(12):
+        g = torch.Generator().manual_seed(seed)
+        q, k, v = torch.randn(1, 2, t, d, generator=g), torch.randn(1, 2, s, d, generator=g), torch.randn(1, 2, s, d, generator=g)
+
+        def run(begin: int, end: int, q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v) -> torch.Tensor:
+            seen = s - t + end
+            resolved = resolve(mask, torch.arange(s - t + begin, seen), torch.arange(seen), rows=1, in_order=True)
+            rule = Rule(d**-0.5, None, None, resolved, Softmax().build(2))
+            with torch.no_grad():
+                code = decoding.takes(q[:, :, begin:end], k[:, :, :seen], v[:, :, :seen], rule, 0.0)
+                assert code is not None
+                return decoding.attend(code, q[:, :, begin:end], k[:, :, :seen], v[:, :, :seen], rule)
+
+        together = run(0, t)
+        assert all(torch.equal(run(i, i + 1)[:, :, 0], together[:, :, i]) for i in range(t))

@@ -86,7 +86,7 @@ inline vf products(const float* q, const T* const* keys, int64_t dk) {
         float rest[L];
         for (int l = 0; l < L; ++l) {
             rest[l] = 0;
-            for (int64_t j = i; j < dk; ++j) rest[l] += q[j] * widened(keys[l][j]);
+            for (int64_t j = i; j < dk; ++j) rest[l] = std::fma(q[j], widened(keys[l][j]), rest[l]);  // said, or a compiler fuses some of them only
         }
         result += load(rest);
     }
@@ -119,7 +119,7 @@ inline void mix(const float* weights, const T* v, int64_t step, int64_t n, float
     for (; i < dv; ++i) {
         for (int r = 0; r < R; ++r) {
             float total = 0;
-            for (int64_t j = 0; j < n; ++j) total += weights[r * SPLIT + j] * widened(v[j * step + i]);
+            for (int64_t j = 0; j < n; ++j) total = std::fma(weights[r * SPLIT + j], widened(v[j * step + i]), total);
             acc[r * dv + i] = total;
         }
     }
@@ -136,6 +136,7 @@ void one_split(const Call& c, int64_t row, int64_t head, int64_t first, float* l
         lowest = std::min(lowest, std::max(first, c.begin(end)));
         highest = std::max(highest, std::min(first + SPLIT, end));
     }
+    if (lowest > first) lowest -= (lowest - first) % L;  // a key keeps its lane, whatever window the other queries have
     const int64_t n = highest - lowest;
     if (n <= 0) {
         for (int64_t r = 0; r < queries; ++r) {
