@@ -11,6 +11,7 @@ import pytest
 
 import glassformer as gf
 from infer import engine_kit as kit
+from look import zoo
 
 
 def test_fifty_who_ask_at_once_and_some_who_leave() -> None:
@@ -196,3 +197,28 @@ def test_the_thread_survives_what_a_step_does_not_expect(monkeypatch: pytest.Mon
             with pytest.raises(ZeroDivisionError):
                 ticket.result(timeout=60)
         assert engine.submit(gf.Request([1, 2], max_new_tokens=3)).result(timeout=60).ids == gf.generate(model, [1, 2], max_new_tokens=3).ids
+
+
+def test_a_callback_of_a_running_engine_cannot_wait_for_it() -> None:
+    """It would wait for ever, in the very thread that makes the steps."""
+    found: list[Exception] = []
+    with gf.Engine(zoo.model("llama"), slots=2, capacity=32) as engine:
+
+        def ask(token: object) -> None:
+            try:
+                engine.generate([[2]], max_new_tokens=1)
+            except gf.EngineError as error:
+                found.append(error)
+
+        ticket = engine.submit(gf.Request([1], max_new_tokens=2))
+        ticket.on_token(ask)
+        assert len(ticket.result(timeout=20).ids) == 2
+    assert found and "from inside a step, by a callback" in str(found[0])
+
+
+def test_prompts_before_one_that_is_refused_are_not_left_running() -> None:
+    engine = gf.Engine(zoo.model("llama"), slots=2, capacity=16)
+    with pytest.raises(gf.InputError, match="16"):
+        engine.generate([[1, 2], [3] * 40], max_new_tokens=4)
+    engine.step()
+    assert engine.stats().running == engine.stats().waiting == 0

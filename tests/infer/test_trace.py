@@ -296,7 +296,7 @@ def test_saving(tmp_path):
     (tmp_path / "folder.json").mkdir()
     for place, words in [
         (tmp_path / "t.png", r"'t.png' ends in '.png', but the ending says how a trace is written: .html or .json"),
-        (tmp_path / "t", "ends in 'nothing'"),
+        (tmp_path / "t", "has no ending"),
         (tmp_path / "no" / "t.json", "folder .* does not exist; create it or choose another"),
         (tmp_path / "folder.json", "cannot be written: .* what was there before is untouched"),
         (7, "written to a file, but a whole number was given: name one"),

@@ -253,3 +253,14 @@ def test_a_query_has_the_same_bits_alone_and_among_others(d: int, window: int | 
 
         together = run(0, t)
         assert all(torch.equal(run(i, i + 1)[:, :, 0], together[:, :, i]) for i in range(t))
+
+
+def test_what_a_window_hides_is_never_mixed() -> None:
+    """Keys that are scored only to keep lanes are left out of the sum: a NaN just outside the window does not spread."""
+    q, (k, v) = numbers(1, 1, 1, 16, seed=0), buffers(1, 1, 50, 16, 16, torch.float32, 50)
+    v[:, :, :30] = math.nan
+    with torch.no_grad():
+        rule = rule_for(torch.tensor([[50]]), window=20)
+        code = decoding.takes(q, k, v, rule, 0.0)
+        assert code is not None
+        assert decoding.attend(code, q, k, v, rule).isfinite().all()

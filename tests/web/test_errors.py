@@ -107,7 +107,7 @@ def test_a_schema_that_cannot_be_met_is_a_400_for_the_client(server: serving.Run
 def test_a_prompt_longer_than_the_context_says_both_numbers(server: serving.Running) -> None:
     error = refused(server, COMPLETION, {"prompt": [5] * 250, "max_tokens": 10})
     assert error["code"] == "context_length_exceeded"
-    assert "context is 256 tokens" in error["message"]
+    assert "context here is 256 tokens" in error["message"]
     assert "260" in error["message"]
     assert "250 of the prompt, 10 of the answer" in error["message"]
     error = refused(server, CHAT, {"messages": [{"role": "user", "content": "word " * 500}]})
@@ -301,3 +301,11 @@ def test_while_it_drains_it_takes_nothing_new() -> None:
 def test_limits_are_above_nothing() -> None:
     with pytest.raises(InputError, match="The limit answers is 0, and a limit is above 0"):
         Limits(answers=0)
+
+
+@pytest.mark.parametrize("name", ["num_beams", "guidance_scale", "draft"])
+def test_what_only_generate_takes_is_said(name: str) -> None:
+    from glassformer.web.problems import of_validation
+
+    problem = of_validation([{"type": "extra_forbidden", "loc": (name,), "msg": "", "input": 2}], ["do_sample"])
+    assert f"{name!r} is not served" in str(problem) and "glassformer generate" in str(problem)

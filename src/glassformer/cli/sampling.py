@@ -124,6 +124,8 @@ def rules(json_schema: str | None, regex: str | None, grammar: str | None, choic
 def _file(option: str, name: str) -> str:
     from ..core.errors import InputError
 
+    if not name.strip():
+        raise InputError(f"{option} is empty: name a file" + (", or give the schema itself." if option == "--json-schema" else "."))
     try:
         return Path(name).read_text(encoding="utf-8")
     except OSError as error:

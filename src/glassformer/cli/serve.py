@@ -62,7 +62,7 @@ def serve(
     engine = engine_of(loaded, slots=slots, capacity=capacity, queue=queue, memory=memory, cache_dtype=cache_dtype, deterministic=deterministic)
     limits = Limits(answer_seconds=time_limit, drain_seconds=drain, body_bytes=int(body_limit * 1e6))
     served = Served(loaded, name or _name(model), engine, limits, edits, sites)
-    app = create_app(served, key=api_key or None, cors=cors or (), host=host)
+    app = create_app(served, key=api_key, cors=cors or (), host=host)
     if host not in LOOPBACK and not api_key:
         print(f"note: everybody who can reach {host} may use this model: give --api-key, or GLASSFORMER_API_KEY.", file=sys.stderr)
     serve(app, host=host, port=port, log="info" if log else "warning", said=lambda url: _said(served, url))

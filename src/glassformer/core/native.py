@@ -51,6 +51,19 @@ class _State:
 _state = _State()
 
 
+def _after_fork() -> None:
+    """In a child: its threads are gone, those of the pool and one that was compiling. It computes alone, or begins anew."""
+    if _state.loaded is not None:
+        _state.loaded.glassformer_pool(None)
+    elif not _state.done.is_set():
+        _state.__init__()  # type: ignore[misc]
+    _state.lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def library() -> ctypes.CDLL | None:
     """The compiled functions, or None: not yet, or not here. The first call loads what an earlier process built, or starts to build."""
     if _state.asked:

@@ -203,9 +203,9 @@ class GuidedPair(Guided):
 
 
 def mix(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-    """u + scale (c - u) of log-probabilities, float32; what the model removed with the prompt stays removed."""
+    """u + scale (c - u) of log-probabilities, float32; what was removed with the prompt stays removed, and what only the other branch removed is c."""
     c, u = cond.float().log_softmax(dim=-1), uncond.float().log_softmax(dim=-1)
-    return (u + scale * (c - u)).masked_fill_(c == GONE, GONE)
+    return torch.where(u == GONE, c, u + scale * (c - u)).masked_fill_(c == GONE, GONE)
 
 
 def _drawn(tokens: Tensor, lengths: Lengths, drawn: int | Sequence[int]) -> list[int]:

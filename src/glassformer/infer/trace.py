@@ -241,7 +241,8 @@ def check_place(path: str | os.PathLike[str], what: str = "a trace", example: st
     target = Path(path)
     kind = target.suffix.lower()
     if kind not in SUFFIXES:
-        raise InputError(f"{target.name!r} ends in {kind or 'nothing'!r}, but the ending says how {what} is written: {' or '.join(SUFFIXES)}.")
+        ends = f"ends in {kind!r}" if kind else "is a folder" if target.is_dir() else "has no ending"
+        raise InputError(f"{target.name!r} {ends}, but the ending says how {what} is written: {' or '.join(SUFFIXES)}.")
     if not target.parent.is_dir():
         raise InputError(f"{str(target)!r} cannot be written: the folder {str(target.parent)!r} does not exist; create it or choose another.")
     return target

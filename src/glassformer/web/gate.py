@@ -58,7 +58,7 @@ class GateMiddleware:
     def refused(self, scope: Scope) -> Problem | None:
         """Why a request is not let in, if it is not."""
         path, headers = scope["path"], {k.lower(): v for k, v in scope["headers"]}
-        if self.gate.draining and path != "/health":
+        if self.gate.draining and path not in ("/health", "/metrics"):
             return Problem(503, "The server is stopping: it finishes what runs and takes nothing new.", headers={"Retry-After": "10"})
         origin = headers.get(b"origin", b"").decode("latin-1")
         if origin and origin not in self.origins and "*" not in self.origins and not self._own(origin):

@@ -208,7 +208,8 @@ def _check_lengths(served: Served, prompts: list[list[int]], most: list[int]) ->
         if own + max(new, 1) - 1 > served.context:
             raise Problem(
                 400,
-                f"This model's context is {served.context} tokens. You asked for {own + new} of them ({own} of the prompt, {new} of the answer; the last one "
+                f"The context here is {served.context} tokens (of the model, or --capacity of the server). You asked for "
+                f"{own + new} of them ({own} of the prompt, {new} of the answer; the last one "
                 "is not read): shorten the prompt, or ask for fewer tokens.",
                 param="messages" if not new else "max_tokens" if own < served.context else "prompt",
                 code="context_length_exceeded",

@@ -43,6 +43,12 @@ def of_error(error: GlassformerError, params: tuple[str, ...] = ()) -> Problem:
     return Problem(400, text, param=found)
 
 
+NOT_SERVED = frozenset(
+    ["num_beams", "num_return_sequences", "length_penalty", "early_stopping", "coverage_penalty", "num_beam_groups", "diversity_penalty", "force_words", "beam_tree", "draft", "draft_tokens", "draft_rule", "assistant_model", "prompt_lookup_num_tokens", "guidance_scale", "negative_prompt", "negative_prompt_ids", "contrast", "contrast_alpha", "contrast_beta", "dola_layers", "penalty_alpha"]
+)
+"""What ``generate`` takes and the engine does not."""
+
+
 def of_validation(errors: list[Any], known: Iterable[str]) -> Problem:
     """What pydantic found wrong with a body, in one sentence: the first argument that is wrong, and how many more are."""
     first = errors[0]
@@ -51,6 +57,13 @@ def of_validation(errors: list[Any], known: Iterable[str]) -> Problem:
     others = f" {more} more {'argument is' if more == 1 else 'arguments are'} wrong." if more else ""
     if (unknown := next((e for e in mine if e["type"] == "extra_forbidden"), None)) is not None:
         place = _place(unknown)
+        if len(place) == 1 and place[0] in NOT_SERVED:
+            return Problem(
+                400,
+                f"{place[0]!r} is not served: it needs passes of its own. gf.generate and glassformer generate take it.{others}",
+                param=str(place[0]),
+                code="unsupported_parameter",
+            )
         meant = did_you_mean(str(place[-1]), known) if len(place) == 1 else ""
         return Problem(400, f"There is no argument {'.'.join(map(str, place))!r}.{meant}{others}", param=".".join(map(str, place)), code="unknown_parameter")
     if (missing := next((e for e in mine if e["type"] == "missing"), None)) is not None:

@@ -136,7 +136,8 @@ void one_split(const Call& c, int64_t row, int64_t head, int64_t first, float* l
         lowest = std::min(lowest, std::max(first, c.begin(end)));
         highest = std::max(highest, std::min(first + SPLIT, end));
     }
-    if (lowest > first) lowest -= (lowest - first) % L;  // a key keeps its lane, whatever window the other queries have
+    const int64_t unseen = lowest > first ? (lowest - first) % L : 0;  // scored, so that a key keeps its lane whatever the windows, and never mixed
+    lowest -= unseen;
     const int64_t n = highest - lowest;
     if (n <= 0) {
         for (int64_t r = 0; r < queries; ++r) {
@@ -210,15 +211,16 @@ void one_split(const Call& c, int64_t row, int64_t head, int64_t first, float* l
     }
     for (int64_t r = 0; r < queries; r += 4) {
         const int64_t some = std::min<int64_t>(4, queries - r);
-        const float* const w = weights + r * SPLIT;
+        const float* const w = weights + r * SPLIT + unseen;
+        const T* const seen = v + unseen * c.vs;
         if (some == 4)
-            mix<4>(w, v, c.vs, n, acc, c.dv);
+            mix<4>(w, seen, c.vs, n - unseen, acc, c.dv);
         else if (some == 3)
-            mix<3>(w, v, c.vs, n, acc, c.dv);
+            mix<3>(w, seen, c.vs, n - unseen, acc, c.dv);
         else if (some == 2)
-            mix<2>(w, v, c.vs, n, acc, c.dv);
+            mix<2>(w, seen, c.vs, n - unseen, acc, c.dv);
         else
-            mix<1>(w, v, c.vs, n, acc, c.dv);
+            mix<1>(w, seen, c.vs, n - unseen, acc, c.dv);
         for (int64_t i = 0; i < some; ++i) std::memcpy(left + (r + i) * size + 2, acc + i * c.dv, c.dv * sizeof(float));
     }
 }

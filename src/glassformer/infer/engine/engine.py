@@ -165,10 +165,18 @@ class Engine:
             seed = [seeds[i]] if isinstance(seeds, Sequence) else seeds
             own: dict[str, Any] = rest if seed is None else rest | {"seed": seed}
             requests.append(Request(ids, user=user, sample=times, **own))
-        tickets = [self._submit_patiently(request) for request in requests]
-        return [ticket.result() for ticket in tickets]
+        tickets: list[Ticket] = []
+        try:
+            for request in requests:
+                tickets.append(self._submit_patiently(request))
+            return [ticket.result() for ticket in tickets]
+        except BaseException:
+            for ticket in tickets:  # nobody would wait for them
+                ticket.cancel()
+            raise
 
     def _submit_patiently(self, request: Request) -> Ticket:
+        self.check_thread()
         while True:
             try:
                 return self.submit(request)
@@ -195,14 +203,18 @@ class Engine:
 
     def step(self) -> bool:
         """One step: some of the prompts is read, and every request that has read its own gets a token. Whether there was anything to do."""
-        if self._stepper == threading.get_ident():
-            raise EngineError("This is asked for from inside a step, by a callback: a step cannot wait for another one. Let another thread ask.")
+        self.check_thread()
         with self._turn, torch.no_grad(), evaluating(self.model), in_mode(self.deterministic):
             self._stepper = threading.get_ident()
             try:
                 return self._step()
             finally:
                 self._stepper = 0
+
+    def check_thread(self) -> None:
+        """Raise :class:`EngineError` in a callback: what waits for a step may not stand inside one."""
+        if self._stepper == threading.get_ident():
+            raise EngineError("This is asked for from inside a step, by a callback: a step cannot wait for another one. Let another thread ask.")
 
     def _step(self) -> bool:
         begun = perf_counter()

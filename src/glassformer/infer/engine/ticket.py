@@ -111,6 +111,7 @@ class Ticket:
 
     def _await(self, until: float | None) -> None:
         """Wait for a change, or bring it about where nobody else does."""
+        self.engine.check_thread()
         if self.engine.running:
             with self._changed:
                 if not self.done:
