@@ -44,7 +44,30 @@ def of_error(error: GlassformerError, params: tuple[str, ...] = ()) -> Problem:
 
 
 NOT_SERVED = frozenset(
-    ["num_beams", "num_return_sequences", "length_penalty", "early_stopping", "coverage_penalty", "num_beam_groups", "diversity_penalty", "force_words", "beam_tree", "draft", "draft_tokens", "draft_rule", "assistant_model", "prompt_lookup_num_tokens", "guidance_scale", "negative_prompt", "negative_prompt_ids", "contrast", "contrast_alpha", "contrast_beta", "dola_layers", "penalty_alpha"]
+    [
+        "num_beams",
+        "num_return_sequences",
+        "length_penalty",
+        "early_stopping",
+        "coverage_penalty",
+        "num_beam_groups",
+        "diversity_penalty",
+        "force_words",
+        "beam_tree",
+        "draft",
+        "draft_tokens",
+        "draft_rule",
+        "assistant_model",
+        "prompt_lookup_num_tokens",
+        "guidance_scale",
+        "negative_prompt",
+        "negative_prompt_ids",
+        "contrast",
+        "contrast_alpha",
+        "contrast_beta",
+        "dola_layers",
+        "penalty_alpha",
+    ]
 )
 """What ``generate`` takes and the engine does not."""
 
