@@ -51,7 +51,7 @@ test: $(RUN) ## every check that CI runs
 static: $(DEV) check lint types layers
 
 tests: $(DEV) ## all tests
-	$(PYTEST)
+	$(PYTEST) --durations=20
 
 check: $(DEV) ## is the code formatted
 	$(BIN)/ruff format --check .

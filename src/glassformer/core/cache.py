@@ -370,6 +370,7 @@ class Cache:
     def __init__(self, clock: Clock, layers: Sequence[dict[str, Slot]], capacity: int | None):
         self.clock, self.capacity = clock, capacity
         self.layers = tuple(layers)
+        self.plan: Any = None  # a decode step as a model has written it down for these buffers; False: it cannot
 
     # What a model does with it
 
