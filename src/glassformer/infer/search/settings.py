@@ -104,7 +104,7 @@ def read_search(options: Mapping[str, Any]) -> BeamSearch | None:
         if wanted:
             raise SamplerError(f"{wanted[0]} is about a search with beams, and none was asked for: give num_beams=4 too, or leave {wanted[0]} out.")
         return None
-    if said.get("num_beam_groups", 1) > 1 and not said.get("diversity_penalty"):
+    if said.get("num_beam_groups", 1) > 1 and "diversity_penalty" not in said:
         raise SamplerError(
             f"num_beam_groups={said['num_beam_groups']} without diversity_penalty would find the same texts in every group: give a penalty, such as 1.0."
         )
