@@ -13,12 +13,15 @@ from torch import Tensor
 import glassformer as gf
 from glassformer.core import native
 from glassformer.core.tap import Record
+from glassformer.models import program
+from glassformer.models.transformer import TransformerModel
 from glassformer.weights import holding
 from look import zoo
 
 pytestmark = pytest.mark.skipif(not native.wait(), reason="no compiler here, or GLASSFORMER_NATIVE=0")
 
 ROPE = gf.Attention(4, n_kv_heads=2, position=gf.Rotary())
+PLAIN = zoo.block(feedforward=gf.Plain(24, act="gelu_tanh"))
 MADE: dict[str, Any] = {
     "gpt2": gf.Decoder(
         zoo.V, zoo.D, (zoo.block(attention=gf.Attention(4, qkv_bias=True, out_bias=True), feedforward=gf.Plain(24, act="gelu_tanh", bias=True)),) * 2
@@ -37,6 +40,10 @@ MADE: dict[str, Any] = {
     ),
     "sandwich": gf.Decoder(
         zoo.V, zoo.D, (zoo.block(attention=ROPE, feedforward=gf.Gated(24, act="relu2"), norm=gf.RMSNorm(offset=1.0, cast="late"), wiring=gf.Sandwich()),) * 2
+    ),
+    "learned": gf.Decoder(zoo.V, zoo.D, (PLAIN,) * 2, position=gf.Learned(max_positions=32), tied=True),
+    "scaled": gf.Decoder(
+        zoo.V, zoo.D, (PLAIN,), embedding=gf.Embedding(scale=gf.SqrtWidth()), position=gf.Learned(max_positions=32), readout=gf.LanguageModel(bias=True)
     ),
     "post": gf.Decoder(zoo.V, zoo.D, (zoo.block(attention=ROPE, feedforward=gf.Gated(24), wiring=gf.PostNorm()),) * 2),
 }
@@ -210,3 +217,138 @@ def test_gradients_go_through_the_blocks():
     y.sum().backward()
     assert cache.plan.steps == 1
     assert model.final_norm.weight.grad is not None
+
+
+# From tokens to logits
+
+
+def decodes(model: Any, lengths: list[int]) -> Any:
+    """Steps by one call each, and by the forward pass: the same bits. Gives the cache of the former."""
+    mine, plain = begun(model, lengths, True), begun(model, lengths, False)
+    for at in range(5):
+        tokens = torch.tensor([[(3 * at + row) % 20] for row in range(len(lengths))])
+        with torch.no_grad():
+            expected = model(tokens, cache=plain, keep=1)[:, -1]
+            quick = program.decode(model, tokens, mine)
+            assert (quick is None) == (at == 0)  # the first writes the calls down
+            y = model(tokens, cache=mine, keep=1)[:, -1] if quick is None else quick
+        assert y.dtype == expected.dtype
+        assert torch.equal(y, expected)
+        assert mine.lengths == plain.lengths
+    return mine
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[6], [6, 2, 9, 1, 4], [3, 3]])
+@pytest.mark.parametrize("name", list(MADE))
+def test_a_step_is_one_call(name: str, lengths: list[int], dtype: torch.dtype):
+    assert decodes(made(name, dtype), lengths).plan.steps == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_packed_tables_are_read_row_by_row(kind: str, tied: bool, dtype: torch.dtype):
+    block = zoo.block(attention=ROPE, feedforward=gf.Gated(64), norm=gf.RMSNorm())
+    model = gf.Decoder(zoo.V, 64, (block,) * 2, tied=tied, position=gf.Learned(max_positions=32)).build(seed=0).eval().to(dtype)
+    holding.hold(model, kind)
+    decodes(model, [6, 2, 9])
+
+
+def stepped(model: Any, cache: Any, token: int = 1) -> Tensor | None:
+    with torch.no_grad():
+        return program.decode(model, torch.tensor([[token]] * cache.batch), cache)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        gf.Decoder(zoo.V, zoo.D, (PLAIN,), embedding=gf.Embedding(norm=gf.LayerNorm())),
+        gf.Decoder(zoo.V, zoo.D, (PLAIN,), embedding=gf.Embedding(n_types=2)),
+        gf.Decoder(zoo.V, zoo.D, (PLAIN,), embedding=gf.Embedding(lift=gf.LiftTokens(8))),
+        gf.Decoder(zoo.V, zoo.D, (PLAIN,), readout=gf.LanguageModel(cap=5.0)),
+        gf.Decoder(zoo.V, zoo.D, (PLAIN,), position=gf.Sinusoidal()),
+    ],
+    ids=["normed", "typed", "lifted", "capped", "sines"],
+)
+def test_other_tables_and_readouts_are_left_to_the_forward_pass(spec: Any):
+    model = spec.build(seed=0).eval()
+    cache = begun(model, [4], True)
+    on(model, cache, 0)
+    assert cache.plan.steps == 1
+    assert stepped(model, cache) is None
+
+
+def test_what_cannot_be_is_left_to_the_forward_pass_and_its_errors():
+    model = gf.Decoder(zoo.V, zoo.D, (PLAIN,), position=gf.Learned(max_positions=16)).build(seed=0).eval()
+    cache = begun(model, [4], True)
+    on(model, cache, 0)
+    assert stepped(model, cache, zoo.V) is None
+    assert stepped(model, cache, -1) is None
+    for at in range(11):
+        assert stepped(model, cache, at) is not None
+    assert cache.lengths == [16]
+    assert stepped(model, cache) is None  # the model has 16 positions
+    small = model.cache(batch=1, capacity=6)
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]), cache=small)
+    on(model, small, 0), stepped(model, small), stepped(model, small)
+    assert small.lengths == [6]
+    assert stepped(model, small) is None
+
+
+def test_changes_between_two_steps_are_seen():
+    model = made("gpt2")
+    cache = begun(model, [4], True)
+    on(model, cache, 0)
+    assert stepped(model, cache) is not None
+    other = model.embed.weight.detach().flip(0).clone()
+    for change, undo in (
+        (lambda: model.train(), lambda: model.eval()),
+        (lambda: setattr(model.blocks[1], "training", True), lambda: model.eval()),
+        (lambda: setattr(model.readout, "factor", 2.0), lambda: setattr(model.readout, "factor", 1.0)),
+        (lambda: setattr(model.blocks[0].norm1, "eps", 0.1), lambda: setattr(model.blocks[0].norm1, "eps", 1e-5)),
+        (lambda: setattr(model.embed.weight, "data", other), lambda: None),
+        (lambda: setattr(model, "forward", lambda *a, **k: None), lambda: model.__dict__.pop("forward")),
+    ):
+        change()
+        assert stepped(model, cache) is None
+        undo()
+        on(model, cache, 0)  # writes down what is so now
+        assert stepped(model, cache) is not None
+    handles = [model.register_forward_hook(lambda *_: None), model.embed.register_forward_pre_hook(lambda *_: None)]
+    for handle in handles:
+        assert stepped(model, cache) is None
+        handle.remove()
+
+
+def test_a_class_with_a_forward_pass_of_its_own_keeps_it():
+    class Doubled(TransformerModel):
+        def forward(self, *args: Any, **rest: Any) -> Tensor:
+            return 2 * super().forward(*args, **rest)
+
+    model = made("gpt2")
+    model.__class__ = Doubled
+    cache = begun(model, [4], True)
+    on(model, cache, 0)
+    assert cache.plan.steps == 1
+    assert stepped(model, cache) is None
+
+
+@pytest.mark.parametrize("lengths", [[5], [5, 2, 7]])
+def test_sessions_and_engines_draw_the_same_either_way(lengths: list[int], monkeypatch: pytest.MonkeyPatch):
+    model, prompts = made("llama"), [zoo.ids(n, n) for n in lengths]
+
+    def drawn() -> Any:
+        session = gf.Session(model, prompts, gf.TopK(8) | gf.Draw(seed=3), room=10)
+        engine = gf.Engine(model, slots=4, capacity=32)
+        tickets = [engine.submit(gf.Request(p, max_new_tokens=6)) for p in prompts]
+        while engine.step():
+            pass
+        return [session.step() for _ in range(10)], [t.result().ids for t in tickets], session
+
+    quick = drawn()
+    assert quick[2].cache.plan.steps == 9
+    monkeypatch.setattr(program, "decode", lambda *_: None)
+    slow = drawn()
+    assert quick[:2] == slow[:2]

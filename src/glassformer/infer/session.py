@@ -29,6 +29,7 @@ from glassformer.core.fields import check, described, hints
 from glassformer.core.mask import Causal, Mask
 from glassformer.core.modes import deterministic, evaluating
 from glassformer.core.tap import Tap
+from glassformer.models import program
 from glassformer.parts import decoding, steady
 from glassformer.parts.position import LearnedLayer
 from glassformer.parts.readout import LanguageModel
@@ -216,6 +217,8 @@ class Session:
             self.cache, self._begun = self.model.cache(batch=len(lengths), capacity=self._ids.shape[1]), False
         if self.cache is not None and self._begun:
             ids, lengths = ids[:, -1:], [1] * len(lengths)
+            if self.tap is None and self.source is None and not frozen and (quick := program.decode(self.model, ids, self.cache)) is not None:
+                return quick
         tokens, ragged = _left_aligned(ids, lengths), len(set(lengths)) > 1
         keep: Tensor | int = torch.tensor(lengths, device=tokens.device) - 1 if ragged else 1
         fed = [0 if row in frozen else n for row, n in enumerate(lengths)] if frozen else lengths if ragged else None

@@ -1,9 +1,12 @@
-"""A decode step's blocks as one call: the kernels of core/native in the order in which the blocks call them, written down once.
+"""A decode step as one call: the kernels of core/native in the order in which the model calls them, written down once.
 
-    stream [b 1 d] ──► block ──► block ──► … ──► final norm ──► [b 1 d]
+    tokens [b] ──► rows of the table (+ positions) ──► stream [b 1 d] ──► block ──► block ──► … ──► final norm ──► [b 1 d] ──► read-out ──► logits [b v]
+                                                       └──────────────────── step ────────────────────┘
+    └────────────────────────────────────────────────────────── decode ─────────────────────────────────────────────────────────┘
 
     block   (norm) ──► qkv ──► (rotary) ──► append and attend ──► out ──► (norm) ──► + ──► (norm) ──► up, activation, down ──► (norm) ──► +
 
+:func:`decode` is for whoever draws token after token; :func:`step` takes part in every forward pass, and leaves embedding and read-out to it.
 A :class:`Plan` holds the calls (structs with addresses and sizes) and the memory between them, and belongs to the cache of one run. It computes the bits
 of the blocks' own way, which calls the same kernels one by one. Before each step it looks whether the model's modules, parameters and buffers and the
 cache's memory are still those that were written down, and whoever wants to look into the blocks (a tap, a hook) finds them called as always.
@@ -14,30 +17,35 @@ from __future__ import annotations
 import ctypes
 import operator
 import struct
-from collections.abc import Iterator
-from itertools import chain
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
-from glassformer.core import modes
-from glassformer.core.cache import Dense
+from glassformer.core import modes, native
+from glassformer.core.cache import Cache, Dense
 from glassformer.core.flow import Pass
 from glassformer.core.mask import Causal, Everything, Window
 from glassformer.parts import decoding, linear, steady
 from glassformer.parts.attention import AttentionLayer
+from glassformer.parts.embed import EmbeddingLayer
 from glassformer.parts.feedforward import ACTIVATIONS, GatedLayer, PlainLayer
 from glassformer.parts.kernels import NormaliserLayer
 from glassformer.parts.linear import Linear
-from glassformer.parts.norm import LayerNormLayer, RMSNormLayer
-from glassformer.parts.packed import PackedLinear
-from glassformer.parts.position import NoPositionLayer
+from glassformer.parts.norm import LayerNormLayer, NoNormLayer, RMSNormLayer
+from glassformer.parts.packed import PackedEmbedding, PackedLinear, PackedReadOut
+from glassformer.parts.position import LearnedLayer, NoPositionLayer
+from glassformer.parts.readout import LanguageModelLayer
 from glassformer.parts.rotary import RotaryLayer
 from glassformer.parts.wiring import SequentialBlock
 
 _ADD = struct.Struct("=4q")
+_ROWS = struct.Struct("=9qd")
+_SCORES = 3  # in which word a product says where its result goes
 _KEYS = 12  # in which word a call of attention says how many keys there are: after eight addresses, b, h, g and t
 
 
@@ -56,13 +64,30 @@ def step(model: Any, x: Tensor, p: Pass) -> Tensor | None:
     if len(slots) != len(model.blocks) or any(type(s) is not Dense or s._keys is None for s in slots) or (0 in cache.clock.new):
         return None
     plan: Plan | None = cache.plan
-    if plan is None or plan.facts.model is not model or not plan.facts.hold(x, slots):
+    if plan is None or not plan.fits(model, slots, x):
         try:
             plan = cache.plan = Plan(model, x, slots, code)
         except _Other:
             cache.plan = False
             return None
     return plan.run(x, p, max(cache.clock.lengths) + 1)
+
+
+def decode(model: Any, tokens: Tensor, cache: Cache) -> Tensor | None:
+    """``model(tokens, cache=cache, keep=1)[:, -1]`` for one token per row, nobody looking: [b 1] -> [b v]. None: it is to be called that way.
+
+    That is so until a step has been written down, and where embedding or read-out do more than look up, add and multiply. The model is in
+    evaluation mode if a value comes, and no gradients are recorded.
+    """
+    plan, clock = cache.plan, cache.clock
+    if type(plan) is not Plan or not plan.whole or tokens.shape != (plan.rows, 1):
+        return None
+    if not decoding.is_free() or steady.on() or modes.is_deterministic() or native.library() is not plan.code or _are_hooked() or clock.overwritten:
+        return None
+    keys, ids = max(clock.lengths) + 1, tokens[:, 0].tolist()
+    if keys > plan.most or (cache.capacity is not None and keys > cache.capacity) or min(ids) < 0 or max(ids) >= plan.n_tokens:
+        return None  # the forward pass says what is wrong
+    return plan.decode(ids, cache, keys) if plan.fits(model, [layer.get("attn") for layer in cache.layers]) else None
 
 
 def _is_plain(p: Pass) -> bool:
@@ -76,32 +101,52 @@ def _are_hooked() -> bool:
 class _Facts:
     """All that the calls were made of: who is where, and where its numbers lie. :meth:`hold` says whether it still is so (some 1,000 of them, each step)."""
 
-    def __init__(self, model: Any, x: Tensor, slots: list[Any]):
-        self.model, self.slots = model, slots
-        self.owns = [m.__dict__ for m in (*model.blocks.modules(), *model.final_norm.modules())]
-        self.dicts = [d for own in self.owns for d in (own["_modules"], own["_parameters"], own["_buffers"]) if d]
-        self.parts = [model.blocks, model.final_norm, *chain.from_iterable(d.values() for d in self.dicts)]
+    def __init__(self, model: Any, names: Sequence[str], slots: Sequence[Any] = (), itself: bool = False):
+        self.model, self.names = model, names
+        self.owns = [m.__dict__ for name in names for m in model._modules[name].modules()] + ([model.__dict__] if itself else [])
+        self.numbered = [own for own in self.owns if not own.keys().isdisjoint(_NUMBERS)]
+        inner = [own for own in self.owns if own is not model.__dict__]
+        self.dicts = [d for own in inner for d in (own["_modules"], own["_parameters"], own["_buffers"]) if d]
+        self.parts = self._parts()
         self.tensors = [w for w in self.parts if isinstance(w, Tensor)]
-        self.memory = [w for slot in slots for w in (slot._keys, slot._values)]
-        self.told = self._told(x)
+        self.memory = _memory(slots)
+        self.told = self._told()
 
-    def hold(self, x: Tensor, slots: list[Any]) -> bool:
-        parts = [self.model.blocks, self.model.final_norm, *chain.from_iterable(map(dict.values, self.dicts))]
-        memory = [w for slot in slots for w in (slot._keys, slot._values)]
+    def hold(self, slots: Sequence[Any] = ()) -> bool:
+        parts, memory = self._parts(), _memory(slots)
         same = len(parts) == len(self.parts) and all(map(operator.is_, parts, self.parts))
-        return same and len(memory) == len(self.memory) and all(map(operator.is_, memory, self.memory)) and self.told == self._told(x)
+        return same and len(memory) == len(self.memory) and all(map(operator.is_, memory, self.memory)) and self.told == self._told()
 
-    def _told(self, x: Tensor) -> list[Any]:
+    def _parts(self) -> list[Any]:
+        here = self.model._modules
+        return [*map(here.get, self.names), *chain.from_iterable(map(dict.values, self.dicts))]
+
+    def _told(self) -> list[Any]:
         every = [*self.tensors, *self.memory]
-        told: list[Any] = [x.shape, x.dtype, torch.get_num_threads(), torch.is_inference_mode_enabled(), self.is_bare()]
-        told += [(own.get("eps"), own.get("scale")) for own in self.owns]
+        told: list[Any] = [torch.get_num_threads(), torch.is_inference_mode_enabled(), self.is_bare()]
+        told += [tuple(map(own.get, _NUMBERS)) for own in self.numbered]
         # A stride and a number of entries say a shape, and take a third of the time.
         told += [*map(Tensor.data_ptr, every), *map(Tensor.stride, every), *map(Tensor.numel, every), *map(operator.attrgetter("dtype"), every)]
         return told
 
     def is_bare(self) -> bool:
         """Whether nobody trains, and nobody stands between a module and its call."""
-        return not any(own["training"] or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own for own in self.owns)
+        owns = self.owns
+        return not (
+            any(map(_IN_TRAINING, owns))
+            or any(map(_AFTER, owns))
+            or any(map(_BEFORE, owns))
+            or any(any(map(dict.__contains__, owns, repeat(name))) for name in _CALLS)
+        )
+
+
+_NUMBERS = ("eps", "scale", "offset", "late", "factor")  # what calls are made of beside tensors
+_CALLS = ("forward", "_compiled_call_impl")  # what stands in the place of a class's own way
+_IN_TRAINING, _AFTER, _BEFORE = map(operator.itemgetter, ("training", "_forward_hooks", "_forward_pre_hooks"))
+
+
+def _memory(slots: Sequence[Any]) -> list[Any]:
+    return [w for slot in slots for w in (slot._keys, slot._values)]
 
 
 class Plan:
@@ -111,7 +156,7 @@ class Plan:
     """
 
     def __init__(self, model: Any, x: Tensor, slots: list[Any], code: Any):
-        self.facts, self.code, self.steps = _Facts(model, x, slots), code, 0
+        self.facts, self.code, self.steps = _Facts(model, ("blocks", "final_norm"), slots), code, 0
         if not self.facts.is_bare():
             raise _Other
         self.rows, self.d, self.type, self.bf16 = x.shape[0], x.shape[2], x.dtype, int(x.dtype == torch.bfloat16)
@@ -124,25 +169,85 @@ class Plan:
         for block, slot in zip(model.blocks, slots, strict=True):
             self._block(block, slot)
         self._norm(model.final_norm, self.stream, self._buffer("final", self.d))
-        self._write()
+        inner, self.calls, self.outer = self.calls, [], _Facts(model, ("embed", "position", "readout"), itself=True)
+        try:
+            self._outside(model)
+            entrance, *exit_ = self.calls
+            self._write([entrance, *inner, *exit_], len(inner))
+        except _Other:
+            self._write(inner, len(inner))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # addresses mean nothing in a copy
 
+    def fits(self, model: Any, slots: Sequence[Any], x: Tensor | None = None) -> bool:
+        """Whether all is as it was when the calls were written down."""
+        if x is not None and (x.shape != (self.rows, 1, self.d) or x.dtype != self.type):
+            return False
+        return self.facts.model is model and self.outer.hold() and self.facts.hold(slots)
+
     def run(self, x: Tensor, p: Pass, keys: int) -> Tensor:
-        """One step: ``keys`` is how many the longest row has, the new one included."""
+        """From the stream that enters the blocks: ``keys`` is how many the longest row has, the new one included."""
         self.stream.copy_(x[:, 0])
         self.ends.copy_(p.index[..., 0] + 1)
+        self._run(self.program, p.positions, p.lengths, keys)
+        return self.memory["final"][:, None].clone()
+
+    def decode(self, ids: list[int], cache: Cache, keys: int) -> Tensor:
+        """From the tokens ``ids`` [b] to the logits [b v]."""
+        lengths = cache.clock.lengths
+        self.ids[:] = ids  # type: ignore[assignment]
+        self.at[:] = [n + self.offset for n in lengths]
+        self.ends.copy_(torch.tensor([n + 1 for n in lengths]))
+        logits = torch.empty(self.rows, self.vocabulary, dtype=self.type)
+        for word, at in self.scoring:
+            self.words[word] = logits.data_ptr() + at
+        places = torch.tensor(lengths if len(set(lengths)) > 1 else lengths[:1])
+        self._run(self.whole, places[:, None] if len(places) > 1 else places, None, keys)
+        cache.clock.new = [1] * self.rows
+        cache.close()
+        return logits
+
+    def _run(self, program: bytes, positions: Tensor, lengths: Tensor | None, keys: int) -> None:
         for layer, cos, sin in self.tables.values():
-            for mine, table in zip((cos, sin), layer.tables(p.positions, p.lengths), strict=True):
+            for mine, table in zip((cos, sin), layer.tables(positions, lengths), strict=True):
                 mine.copy_(table[..., 0, :])
         for word in self.attending:
             self.words[word] = keys
-        self.code.glassformer_program(self.program)
+        self.code.glassformer_program(program)
         self.steps += 1
-        return self.memory["final"][:, None].clone()
 
     # What is written down
+
+    def _outside(self, model: Any) -> None:
+        """Before the blocks the rows of the tokens, after them the scores over the vocabulary."""
+        embed, position, readout = model.embed, model.position, model.readout
+        plain = type(embed) in (EmbeddingLayer, PackedEmbedding) and type(embed.norm) is NoNormLayer and not embed.spec.n_types
+        plain = plain and type(embed.lift_tokens) is nn.Identity is type(embed.lift_sum) and type(position) in (NoPositionLayer, LearnedLayer)
+        scored = type(readout) in (LanguageModelLayer, PackedReadOut) and readout.transform is None and readout.factor == 1.0 and readout.spec.cap is None
+        if not (plain and scored and self.outer.is_bare() and type(model).forward is type(model)._plain_forward):
+            raise _Other
+        self._look_up(embed, position)
+        self._score(readout, embed)
+
+    def _look_up(self, embed: Any, position: Any) -> None:
+        learned, tables = type(position) is LearnedLayer, list(self._packed(embed.table) if type(embed) is PackedEmbedding else self._dense(embed.weight))
+        if len(tables) > 1 or (type(embed) is PackedEmbedding and embed.table.like.dtype != self.type):
+            raise _Other
+        self.offset: int = position.spec.offset if learned else 0
+        self.most: int = position.spec.max_positions if learned else sys.maxsize
+        self.n_tokens, self.ids, self.at = embed.vocab_size, (ctypes.c_int64 * self.rows)(), (ctypes.c_int64 * self.rows)()
+        (table, kind), places = tables[0], self._at(position.table) if learned else 0
+        told = (table.data_ptr(), ctypes.addressof(self.ids), places, ctypes.addressof(self.at), self.stream.data_ptr(), self.rows, self.d, kind, self.bf16)
+        self.calls.append(("rows", _ROWS.pack(*told, float(torch.tensor(embed.factor, dtype=self.type)))))
+
+    def _score(self, readout: Any, embed: Any) -> None:
+        packed = type(readout) is PackedReadOut
+        if readout._embed[0] is not embed or (packed and readout.bias is not None):
+            raise _Other
+        pieces = list(self._packed(readout.table or embed.table) if packed else self._dense(readout.weight))
+        self.vocabulary = sum(len(raw) for raw, _ in pieces)
+        self._times(pieces, readout.bias, self.memory["final"], 0)  # where to is said at each step
 
     def _block(self, block: nn.Module, slot: Any) -> None:
         if type(block) is not SequentialBlock:
@@ -228,25 +333,29 @@ class Plan:
         """``x W^T + b`` by :mod:`glassformer.parts.linear`'s rules of who takes part."""
         if type(layer) not in (Linear, PackedLinear):
             raise _Other
-        y, size, k = self._buffer(name, layer.out_features), self.type.itemsize, x.shape[1]
-        bias, at = self._at(layer.bias), 0
-        for raw, kind in self._pieces(layer, k):
-            b = bias + at * size if bias else 0
-            told = (x.data_ptr(), raw.data_ptr(), b, y.data_ptr() + at * size, self.rows, len(raw), k, kind, self.bf16, self.threads)
-            self.calls.append(("linear", linear._CALL.pack(*told)))
-            at += len(raw)
+        y = self._buffer(name, layer.out_features)
+        self._times(self._dense(layer.weight) if type(layer) is Linear else self._packed(layer), layer.bias, x, y.data_ptr())
         return y
 
-    def _pieces(self, layer: Any, k: int) -> Iterator[tuple[Tensor, int]]:
-        if type(layer) is Linear:
-            if self.rows > linear.ROWS[self.type] or layer.weight.shape[1] != k:
+    def _times(self, pieces: Iterable[tuple[Tensor, int]], bias: Tensor | None, x: Tensor, y: int) -> None:
+        b, at, k = self._at(bias), 0, x.shape[1]
+        for raw, kind in pieces:
+            if (kind in (0, 1) and raw.shape[1] != k) or (kind not in (0, 1) and k % 32):
                 raise _Other
-            self._at(layer.weight)
-            yield layer.weight, linear._TYPES[self.type]
-            return
-        if self.rows > linear.PACKED_ROWS or k % 32 or (self.rows > 1 and len(layer.types) > 1):
+            told = (x.data_ptr(), raw.data_ptr(), b + at if b else 0, y + at, self.rows, len(raw), k, kind, self.bf16, self.threads)
+            self.calls.append(("linear", linear._CALL.pack(*told)))
+            at += len(raw) * self.type.itemsize
+
+    def _dense(self, weight: Tensor) -> Iterator[tuple[Tensor, int]]:
+        if self.rows > linear.ROWS[self.type]:
             raise _Other
-        for raw, kind in zip(layer.raws, layer.types, strict=True):
+        self._at(weight)
+        yield weight, linear._TYPES[self.type]
+
+    def _packed(self, packed: Any) -> Iterator[tuple[Tensor, int]]:
+        if self.rows > linear.PACKED_ROWS or (self.rows > 1 and len(packed.types) > 1):
+            raise _Other
+        for raw, kind in zip(packed.raws, packed.types, strict=True):
             if kind not in linear.BLOCKS or not linear._is_held(raw):
                 raise _Other
             yield raw, linear.BLOCKS[kind]
@@ -265,18 +374,23 @@ class Plan:
             self.memory[key] = torch.zeros(self.rows, width, dtype=self.type)
         return self.memory[key]
 
-    def _write(self) -> None:
-        """Put the calls side by side where they stay, and make the list of who takes which."""
-        size = sum(len(told) for _, told in self.calls)
+    def _write(self, calls: list[tuple[str, bytes]], inner: int) -> None:
+        """Put the calls side by side where they stay, and make the lists of who takes which: the ``inner`` of the blocks, and all."""
+        size = sum(len(told) for _, told in calls)
         self.room = bytearray(size)
         self.words = memoryview(self.room).cast("q")
-        start, at, ops = ctypes.addressof(ctypes.c_char.from_buffer(self.room)), 0, []
-        for name, told in self.calls:
+        start, at, ops, whole = ctypes.addressof(ctypes.c_char.from_buffer(self.room)), 0, [], len(calls) > inner
+        self.scoring: list[tuple[int, int]] = []
+        for i, (name, told) in enumerate(calls):
             self.room[at : at + len(told)] = told
             if name == "attend":
                 self.attending.append(at // 8 + _KEYS)
+            if whole and i > inner:
+                self.scoring.append((at // 8 + _SCORES, self.words[at // 8 + _SCORES]))
             ops += [ctypes.cast(getattr(self.code, f"glassformer_{name}"), ctypes.c_void_p).value, start + at]
             at += len(told)
         self.ops = bytearray(struct.pack(f"={len(ops)}q", *ops))
-        self.program = struct.pack("=2q", ctypes.addressof(ctypes.c_char.from_buffer(self.ops)), len(ops) // 2)
+        first = ctypes.addressof(ctypes.c_char.from_buffer(self.ops))
+        self.program = struct.pack("=2q", first + whole * 16, inner)
+        self.whole = struct.pack("=2q", first, len(ops) // 2) if whole else b""
         self.calls = []

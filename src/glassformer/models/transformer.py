@@ -191,6 +191,8 @@ class TransformerModel(Anatomy, nn.Module):
         y: Tensor = self.readout(kept(h, keep), p)
         return y
 
+    _plain_forward = forward  # a class that has another one goes its own way (program.decode)
+
     def states(self, tokens: Tensor | None = None, **options: Any) -> Tensor:
         """The stream after the final norm [b t d]: what the read-out reads. Options as in :meth:`forward`, without ``keep``."""
         names = ("inputs_embeds", "positions", "mask", "lengths", "types", "cache", "memory", "memory_lengths", "tap", "aux", "path")

@@ -42,20 +42,20 @@ _ACTS = {"gelu_tanh": 0, "silu": 1, "relu": 2, "relu2": 3}
 
 def library(x: Tensor) -> Any:
     """The compiled code, if it may compute with ``x`` [b t ..]: few places per row, and nobody between this program and its tensors."""
-    if (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or x.ndim < 3
-        or (x.shape[1] > FEW and not modes.is_deterministic())
-        or x.dtype not in _TYPES
-        or not x.is_cpu
-    ):
+    if torch.is_grad_enabled() or x.ndim < 3 or (x.shape[1] > FEW and not modes.is_deterministic()) or x.dtype not in _TYPES or not x.is_cpu:
         return None
-    if type(x) is not Tensor or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() != 0:
-        return None
-    if forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
-        return None
-    return native.library()
+    return native.library() if type(x) is Tensor and is_free() else None
+
+
+def is_free() -> bool:
+    """Whether nobody stands between this program and its tensors: no compiler, transform, dispatch mode, forward derivative or autocast."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() != 0
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
+    )
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, rule: Rule, dropout: float) -> Any:

@@ -179,10 +179,11 @@ struct Fours {  // 16 bytes: the first 16 numbers in the lower halves, the other
     static void read(const char* p, f16* w) {
         const f16 d = step_of(p);
 #if defined(__AVX512F__)
+        // The sixteen numbers there can be, and of each place the one that its four bits name: a permutation reads an index's lowest four.
+        const f16 all = d * f16{-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
         const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 2)));
-        const __m512i eight = _mm512_set1_epi32(8);
-        w[0] = d * (f16)_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_and_si512(both, _mm512_set1_epi32(15)), eight));
-        w[1] = d * (f16)_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_srli_epi32(both, 4), eight));
+        w[0] = (f16)_mm512_permutexvar_ps(both, (__m512)all);
+        w[1] = (f16)_mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), (__m512)all);
 #else
         f16 low, high;
         for (int i = 0; i < LANES; ++i) {
@@ -216,7 +217,7 @@ inline void tile(const char* w, int64_t stride, const float* x, int64_t width, i
         for (int r = 0; r < R; ++r) {
             const char* from = w + r * stride + W::bytes(i);
             W::read(from, a[r]);
-            if (ahead) __builtin_prefetch(from + ahead, 0, 2);
+            if (ahead) __builtin_prefetch(from + ahead, 0, 3);
         }
         step(a, i);
     }
@@ -301,7 +302,63 @@ void numbers(const Call& c) {
     every(c, W::bytes(c.k), Numbers<W>{c, x, width});
 }
 
+// Rows of a table by their numbers: y = round(factor * table[id]) + places[at], rounded to y's type after each of the three.
+
+struct Rows {
+    const char* table;
+    const int64_t* ids;
+    const char* places;  // null: nothing is added; it has the type of y
+    const int64_t* at;
+    char* y;
+    int64_t m, k, type, y_bf16;
+    double factor;
+};
+
+template <typename W>
+void rows(const Rows& c) {
+    auto rounded = [&](float v) {
+        if (!c.y_bf16) return v;
+        char half[2];
+        to_bf16(half, v);
+        return from_bf16(half);
+    };
+    for (int64_t m = 0; m < c.m; ++m) {
+        const char* row = c.table + c.ids[m] * W::bytes(c.k);
+        for (int64_t i = 0; i < c.k; i += W::UNIT) {
+            const int64_t n = std::min<int64_t>(W::UNIT, c.k - i);
+            char unit[W::BYTES] = {};
+            std::memcpy(unit, row + W::bytes(i), size_t(n == W::UNIT ? W::BYTES : W::bytes(c.k) - W::bytes(i)));
+            f16 w[W::UNIT / LANES];
+            W::read(unit, w);
+            for (int64_t j = 0; j < n; ++j) {
+                const int64_t place = W::place(j);
+                float v = rounded(w[place / LANES][place % LANES]);
+                if (c.factor != 1.0) {
+                    volatile float times = v * float(c.factor);  // rounded here: no compiler fuses it with the sum below
+                    v = rounded(times);
+                }
+                if (c.places != nullptr) v = rounded(v + number(c.places, c.at[m] * c.k + i + j, c.y_bf16));
+                char* to = c.y + (m * c.k + i + j) * (c.y_bf16 ? 2 : 4);
+                if (c.y_bf16)
+                    to_bf16(to, v);
+                else
+                    std::memcpy(to, &v, 4);
+            }
+        }
+    }
+}
+
 }  // namespace
+
+extern "C" void glassformer_rows(const void* call) {
+    const Rows& c = *static_cast<const Rows*>(call);
+    switch (c.type) {
+        case FLOAT32: return rows<Float32>(c);
+        case BFLOAT16: return rows<Bfloat16>(c);
+        case Q8_0: return rows<Eights>(c);
+        case Q4_0: return rows<Fours>(c);
+    }
+}
 
 extern "C" void glassformer_linear(const void* call) {
     const Call& c = *static_cast<const Call*>(call);

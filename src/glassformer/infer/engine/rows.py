@@ -15,6 +15,7 @@ from torch import Tensor
 from glassformer.core.cache import Cache, View
 from glassformer.core.packed_cache import packed
 from glassformer.core.tap import Tap
+from glassformer.models import program
 from glassformer.parts.rotary import RopeScaling, RotaryLayer
 
 from ..session import _boundaries
@@ -249,6 +250,8 @@ class Rows:
 
     def _call(self, view: View, tokens: Tensor, fed: list[int] | None, tap: Tap | None, step: int, memory: Tensor | None = None) -> Tensor:
         """Logits [b v] after the last column."""
+        if fed is None and tap is None and not self.translates and (quick := program.decode(self.model, tokens, view)) is not None:
+            return quick
         options: dict[str, Any] = {"lengths": fed, "cache": view, "keep": 1, "tap": tap, "path": f"step.{step}"}
         if not self.translates:
             logits: Tensor = self.model(tokens, **options)
