@@ -391,6 +391,6 @@ class Plan:
             at += len(told)
         self.ops = bytearray(struct.pack(f"={len(ops)}q", *ops))
         first = ctypes.addressof(ctypes.c_char.from_buffer(self.ops))
-        self.program = struct.pack("=2q", first + whole * 16, inner)
-        self.whole = struct.pack("=2q", first, len(ops) // 2) if whole else b""
+        self.program = struct.pack("=3q", first + whole * 16, inner, self.threads)
+        self.whole = struct.pack("=3q", first, len(ops) // 2, self.threads) if whole else b""
         self.calls = []

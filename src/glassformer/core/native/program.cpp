@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "parallel.h"
 #include "vectors.h"
 
 namespace {
@@ -17,7 +18,7 @@ struct Op {
 
 struct Program {
     const Op* ops;
-    int64_t n;
+    int64_t n, threads;
 };
 
 struct Add {
@@ -42,5 +43,7 @@ extern "C" void glassformer_add(const void* call) {
 
 extern "C" void glassformer_program(const void* call) {
     const Program& c = *static_cast<const Program*>(call);
-    for (int64_t i = 0; i < c.n; ++i) c.ops[i].run(c.ops[i].call);
+    together(c.threads, [&] {
+        for (int64_t i = 0; i < c.n; ++i) c.ops[i].run(c.ops[i].call);
+    });
 }
