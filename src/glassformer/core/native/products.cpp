@@ -259,6 +259,11 @@ inline void put_tile(const Call& c, const Tiles& tiles, int64_t n, int64_t m) {
 template <int R, typename Tiles>
 inline void put_rows(const Call& c, const Tiles& tiles, int64_t n) {
     int64_t m = 0;
+    if constexpr (R == ROWS && Tiles::PACKED)  // half as many rows of W by twice as many of x: unpacked half as often
+        for (; m + 8 <= c.m; m += 8) {
+            put_tile<R / 2, 8>(c, tiles, n, m);
+            put_tile<R / 2, 8>(c, tiles, n + R / 2, m);
+        }
     for (; m + 4 <= c.m; m += 4) put_tile<R, 4>(c, tiles, n, m);
     if (c.m - m == 3) put_tile<R, 3>(c, tiles, n, m);
     if (c.m - m == 2) put_tile<R, 2>(c, tiles, n, m);
@@ -278,6 +283,7 @@ void every(const Call& c, int64_t stride, const Tiles& tiles) {
 
 template <typename W>
 struct Numbers {
+    static constexpr bool PACKED = W::BYTES != 64;
     const Call& c;
     const float* x;
     int64_t width;
