@@ -182,3 +182,61 @@ def test_a_packed_layer_of_several_pieces() -> None:
     x.requires_grad_()
     layer(x).sum().backward()
     assert x.grad is not None
+
+
+# Tiles
+
+
+def has_tiles() -> bool:
+    return native.wait() and bool(native.library().glassformer_has_tiles())
+
+
+needs_tiles = pytest.mark.skipif(not has_tiles(), reason="no matrix unit for bfloat16 here")
+
+
+@needs_tiles
+@pytest.mark.parametrize(("n", "k"), [(1, 32), (15, 64), (16, 96), (33, 768), (1031, 160)])
+def test_tiles_against_float64(n: int, k: int) -> None:
+    draw = torch.Generator().manual_seed(n * 31 + k)
+    w, b = torch.randn(n, k, generator=draw).bfloat16(), torch.randn(n, generator=draw).bfloat16()
+    with torch.no_grad():
+        for m in (9, 15, 16, 17, 32):
+            assert linear.kernel(native.library(), torch.bfloat16, m, k) == "tiles"
+            x = torch.randn(m, k, generator=draw).bfloat16()
+            for bias in (None, b):
+                assert far(product(x, w, bias), x, w, bias) < DENSE["bfloat16"][1]
+
+
+@needs_tiles
+def test_a_row_has_the_same_bits_in_every_batch_of_tiles() -> None:
+    draw = torch.Generator().manual_seed(0)
+    w, x = torch.randn(1030, 160, generator=draw).bfloat16(), torch.randn(32, 160, generator=draw).bfloat16()
+    threads = torch.get_num_threads()
+    with torch.no_grad():
+        whole = product(x, w)
+        try:
+            for n in (1, 2, 3):
+                torch.set_num_threads(n)
+                for m in range(9, 33):
+                    assert torch.equal(product(x[:m], w), whole[:m])
+                    assert torch.equal(product(x[32 - m :], w), whole[32 - m :])
+        finally:
+            torch.set_num_threads(threads)
+
+
+@needs_tiles
+def test_rows_that_are_not_finite_stay_alone_in_tiles() -> None:
+    x, w = torch.ones(12, 64).bfloat16(), torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[3, 40], x[5, 2] = float("nan"), float("inf")
+    with torch.no_grad():
+        y = product(x, w)
+    assert not y[[3, 5]].isfinite().any()
+    assert y[[0, 1, 2, 4, 6, 11]].isfinite().all()
+
+
+def test_where_tiles_do_not_serve() -> None:
+    code = native.library()
+    assert linear.kernel(code, torch.bfloat16, 16, 48) is None  # a row is not a whole number of tiles
+    assert linear.kernel(code, torch.bfloat16, 33, 64) is None
+    assert linear.kernel(code, torch.float32, 17, 64) is None
+    assert linear.kernel(code, torch.bfloat16, 8, 64) == "linear"

@@ -352,3 +352,11 @@ def test_sessions_and_engines_draw_the_same_either_way(lengths: list[int], monke
     monkeypatch.setattr(program, "decode", lambda *_: None)
     slow = drawn()
     assert quick[:2] == slow[:2]
+
+
+def test_more_rows_in_bfloat16_take_tiles():
+    block = zoo.block(attention=ROPE, feedforward=gf.Gated(64), norm=gf.RMSNorm())
+    model = gf.Decoder(zoo.V, 32, (block,) * 2).build(seed=0).eval().to(torch.bfloat16)
+    cache, plain = begun(model, [4] * 12, True), begun(model, [4] * 12, False)
+    assert torch.equal(on(model, cache, 0), on(model, plain, 0))
+    assert bool(cache.plan) == bool(native.library().glassformer_has_tiles())

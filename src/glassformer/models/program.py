@@ -340,15 +340,15 @@ class Plan:
     def _times(self, pieces: Iterable[tuple[Tensor, int]], bias: Tensor | None, x: Tensor, y: int) -> None:
         b, at, k = self._at(bias), 0, x.shape[1]
         for raw, kind in pieces:
-            if (kind in (0, 1) and raw.shape[1] != k) or (kind not in (0, 1) and k % 32):
+            dense = kind in linear._TYPES.values()
+            name = linear.kernel(self.code, self.type, self.rows, k) if dense else "linear"
+            if name is None or (raw.shape[1] != k if dense else k % 32):
                 raise _Other
             told = (x.data_ptr(), raw.data_ptr(), b + at if b else 0, y + at, self.rows, len(raw), k, kind, self.bf16, self.threads)
-            self.calls.append(("linear", linear._CALL.pack(*told)))
+            self.calls.append((name, linear._CALL.pack(*told)))
             at += len(raw) * self.type.itemsize
 
     def _dense(self, weight: Tensor) -> Iterator[tuple[Tensor, int]]:
-        if self.rows > linear.ROWS[self.type]:
-            raise _Other
         self._at(weight)
         yield weight, linear._TYPES[self.type]
 

@@ -1,6 +1,7 @@
 """Products with a matrix: torch's own, and for the few rows of a decode step code that reads the matrix at the speed of memory.
 
     x [.. in] ──► few rows, on a CPU, nobody asks for gradients ──► core/native/products.cpp ──► y [.. out]
+              ├─► some more, bfloat16, a matrix unit            ──► core/native/tiles.cpp ─────►
               └─► otherwise: torch                              ────────────────────────────►
 
 The same function with other roundings: compiled code sums a number in an order that depends on the row's length and the type of W alone, so that a
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,8 @@ from .kernels import _is_plain
 
 ROWS = {torch.float32: 16, torch.bfloat16: 8}
 """Up to how many rows the compiled code multiplies a matrix of this type; above it torch's blocked products are faster (benchmarks/decode.py)."""
+TILED_ROWS = 32
+"""The same for bfloat16 on processors with a matrix unit (x86's AMX), whose sums have roundings of their own."""
 PACKED_ROWS = 32
 """The same for matrices in blocks, which torch would have to unpack first."""
 BLOCKS = {"Q8_0": 2, "Q4_0": 3}
@@ -41,17 +45,25 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     n, k = weight.shape
     rows, kind = x.numel() // k if k else 0, _TYPES.get(weight.dtype)
-    fits = kind is not None and 0 < rows <= ROWS[weight.dtype] and x.shape[-1] == k and x.dtype == weight.dtype and n > 0
+    fits = kind is not None and 0 < rows <= TILED_ROWS and x.shape[-1] == k and x.dtype == weight.dtype and n > 0
     if not fits or not _is_held(weight) or (bias is not None and (bias.dtype != x.dtype or bias.shape != (n,) or not _is_held(bias))):
         return F.linear(x, weight, bias)
     code = native.library()
-    if code is None:
+    name = None if code is None else kernel(code, weight.dtype, rows, k)
+    if name is None:
         return F.linear(x, weight, bias)
     x = x.contiguous()
     y = torch.empty(*x.shape[:-1], n, dtype=x.dtype)
     told = _CALL.pack(x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), rows, n, k, kind, kind, torch.get_num_threads())
-    code.glassformer_linear(told)
+    getattr(code, f"glassformer_{name}")(told)
     return y
+
+
+def kernel(code: Any, dtype: torch.dtype, rows: int, k: int) -> str | None:
+    """Which of the compiled code's functions multiplies so many rows of ``k`` numbers by a matrix of this type, if one does."""
+    if rows <= ROWS[dtype]:
+        return "linear"
+    return "tiles" if dtype == torch.bfloat16 and rows <= TILED_ROWS and k % 32 == 0 and code.glassformer_has_tiles() else None
 
 
 def _steadily(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

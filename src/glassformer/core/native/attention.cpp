@@ -266,6 +266,7 @@ void remember(const Call& c) {
     for (int64_t row = 0; row < c.b; ++row)
         for (int64_t i = 0; i < c.t; ++i) {
             const int64_t place = c.ends == nullptr ? c.s - c.t + i : c.ends[row * c.eb + i] - 1;
+            if (place < 0 || place >= c.s) continue;  // a query that sees no key has no place of its own either
             for (int64_t g = 0; g < c.g; ++g) {
                 moved(reinterpret_cast<const Q*>(c.new_k) + row * c.nkb + i * c.nkt + g * c.nkg, reinterpret_cast<T*>(c.k) + row * c.kb + g * c.kg + place * c.ks, c.dk);
                 moved(reinterpret_cast<const Q*>(c.new_v) + row * c.nvb + i * c.nvt + g * c.nvg, reinterpret_cast<T*>(c.v) + row * c.vb + g * c.vg + place * c.vs, c.dv);

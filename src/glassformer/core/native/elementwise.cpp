@@ -55,7 +55,7 @@ void norm(const Norm& c) {
         } else if (bias == nullptr) {
             for (int64_t i = 0; i < c.d; ++i) put(y + i, (widened(x[i]) - centre) * by * (offset + widened(weight[i])));
         } else {
-            for (int64_t i = 0; i < c.d; ++i) put(y + i, (widened(x[i]) - centre) * by * widened(weight[i]) + widened(bias[i]));
+            for (int64_t i = 0; i < c.d; ++i) put(y + i, (widened(x[i]) - centre) * by * (offset + widened(weight[i])) + widened(bias[i]));
         }
     }
 }
