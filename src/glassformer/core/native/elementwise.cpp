@@ -1,10 +1,12 @@
 // What a decode step does between its products, on a few rows: norms, rotations of queries and keys, activations; and the
 // sum over a row of logits after them.
 //
-// Each is one pass in float32 by the calling thread: a row is a few kilobytes, and waking another thread takes longer.
+// Each is one pass in float32. A row is a few kilobytes, and waking another thread takes longer: several rows are shared only among
+// threads that are awake.
 
 #include <cmath>
 
+#include "parallel.h"
 #include "vectors.h"
 
 namespace {
@@ -44,7 +46,7 @@ template <typename T>
 void norm(const Norm& c) {
     const T* weight = reinterpret_cast<const T*>(c.weight);
     const T* bias = reinterpret_cast<const T*>(c.bias);
-    for (int64_t row = 0; row < c.rows; ++row) {
+    auto one = [&](int64_t row) {
         const T* x = reinterpret_cast<const T*>(c.x) + row * c.d;
         T* y = reinterpret_cast<T*>(c.out) + row * c.d;
         const float centre = c.rms ? 0.0f : mean(x, c.d, [](vf v) { return v; });
@@ -57,7 +59,10 @@ void norm(const Norm& c) {
         } else {
             for (int64_t i = 0; i < c.d; ++i) put(y + i, (widened(x[i]) - centre) * by * (offset + widened(weight[i])) + widened(bias[i]));
         }
-    }
+    };
+    rows_of(c.rows, c.d, [&](int64_t from, int64_t to) {
+        for (int64_t row = from; row < to; ++row) one(row);
+    });
 }
 
 struct Turn {
@@ -121,7 +126,7 @@ inline vf bent(vf x, int64_t kind) {
 
 template <typename T>
 void bend(const Bend& c) {
-    for (int64_t row = 0; row < c.rows; ++row) {
+    auto one = [&](int64_t row) {
         const T* x = reinterpret_cast<const T*>(c.x) + row * c.step;
         const T* up = c.up == nullptr ? nullptr : reinterpret_cast<const T*>(c.up) + row * c.step;
         T* out = reinterpret_cast<T*>(c.out) + row * c.n;
@@ -135,7 +140,10 @@ void bend(const Bend& c) {
             v = bent(v, c.kind);
             for (int64_t l = 0; l < some; ++l) put(out + i + l, up == nullptr ? v[l] : rounded(v[l], x) * widened(up[i + l]));
         }
-    }
+    };
+    rows_of(c.rows, c.n, [&](int64_t from, int64_t to) {
+        for (int64_t row = from; row < to; ++row) one(row);
+    });
 }
 
 struct Sum {

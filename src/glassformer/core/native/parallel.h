@@ -32,6 +32,7 @@ struct Team {
     std::atomic<uint64_t> turn{0};  // odd: a loop is open
     std::atomic<int> inside{0};
     std::atomic<bool> led{false}, done{false};
+    int64_t threads = 1;
     void (*work)(void*) = nullptr;
     void* given = nullptr;
 };
@@ -82,6 +83,7 @@ inline void together(int64_t threads, F&& f) {
         F& f;
         Team team;
     } shared{f, {}};
+    shared.team.threads = threads;
     auto work = [](void* given) {
         Shared& s = *static_cast<Shared*>(given);
         if (s.team.led.exchange(true)) return follow(s.team);
@@ -127,4 +129,10 @@ inline void parallel(int64_t n, int64_t threads, F&& f) {
     else
         glassformer_fork(work, &shared, unsigned(threads), 0);
 #endif
+}
+
+// f(from, to) over rows of `n` numbers that each take a little work: by those who are awake anyway, if there is a team.
+template <typename F>
+inline void rows_of(int64_t rows, int64_t n, F&& f) {
+    parallel(rows, glassformer_team != nullptr && rows * n >= (1 << 13) ? glassformer_team->threads : 1, f);
 }

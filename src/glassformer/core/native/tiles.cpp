@@ -39,18 +39,21 @@ struct Shape {
     }
 };
 
-// x [m k] -> [m / 16, k / 32, 16 pairs, 16 rows, 2], zeros where there is no row.
-std::vector<bf16> paired(const Call& c, int64_t blocks) {
-    const bf16* x = reinterpret_cast<const bf16*>(c.x);
-    std::vector<bf16> made(size_t(blocks * SIDE * c.k), bf16{0});
-    for (int64_t m = 0; m < c.m; ++m)
-        for (int64_t i = 0; i < c.k; ++i) made[size_t(m / SIDE * SIDE * c.k + i / 2 * 2 * SIDE + m % SIDE * 2 + i % 2)] = x[m * c.k + i];
+// x [m k] -> [m / 16, k / 2 pairs, 16 rows, 2], zeros where there is no row.
+std::vector<uint32_t> paired(const Call& c, int64_t blocks) {
+    const int64_t pairs = c.k / 2;
+    std::vector<uint32_t> made(size_t(blocks * SIDE * pairs));
+    for (int64_t m = 0; m < c.m; ++m) {
+        const char* x = c.x + m * 4 * pairs;
+        uint32_t* to = made.data() + m / SIDE * SIDE * pairs + m % SIDE;
+        for (int64_t i = 0; i < pairs; ++i) std::memcpy(to + i * SIDE, x + 4 * i, 4);
+    }
     return made;
 }
 
 // 32 rows of W (`w`, a row every `stride` bytes) against one or two blocks of 16 rows of x.
 template <int B>
-void block(const char* w, int64_t stride, const bf16* x, int64_t k, float* sums, int64_t ahead) {
+void block(const char* w, int64_t stride, const uint32_t* x, int64_t k, float* sums, int64_t ahead) {
     _tile_zero(0);
     _tile_zero(1);
     if (B == 2) {
@@ -63,11 +66,11 @@ void block(const char* w, int64_t stride, const bf16* x, int64_t k, float* sums,
             for (int64_t r = 0; r < 2 * SIDE; ++r) __builtin_prefetch(from + r * stride + ahead, 0, 3);
         _tile_loadd(4, from, stride);
         _tile_loadd(5, from + SIDE * stride, stride);
-        _tile_loadd(6, x + i * SIDE, 64);
+        _tile_loadd(6, x + i / 2 * SIDE, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 5, 6);
         if (B == 2) {
-            _tile_loadd(7, x + k * SIDE + i * SIDE, 64);
+            _tile_loadd(7, x + (k + i) / 2 * SIDE, 64);
             _tile_dpbf16ps(2, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
         }
@@ -96,7 +99,7 @@ inline void lay_down(const float* sums, const bf16* bias, bf16* y, int64_t some)
 
 template <int B>
 void product(const Call& c) {
-    const std::vector<bf16> x = paired(c, B);
+    const std::vector<uint32_t> x = paired(c, B);
     const bf16* bias = reinterpret_cast<const bf16*>(c.bias);
     bf16* y = reinterpret_cast<bf16*>(c.y);
     const int64_t stride = 2 * c.k, rows = 2 * SIDE;
