@@ -91,7 +91,7 @@ async def client(http: httpx.AsyncClient, tally: Tally, until: float, new_tokens
         kind = rng.choices(("reads", "leaves", "slow", "rubbish"), (75, 10, 5, 10))[0]
         try:
             if kind == "rubbish":
-                status = (await http.post("/v1/completions", content=rng.choice(RUBBISH))).status_code
+                status = (await http.post("/v1/completions", content=rng.choice(RUBBISH), headers={"Content-Type": "application/json"})).status_code
                 tally.kinds[f"rubbish: {status}"] += 1
                 if status != 400:
                     tally.wrong.append(f"rubbish was answered by {status}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -103,6 +104,15 @@ def test_train_takes_text_of_ones_own_and_a_free_folder(run, tmp_path: Path) -> 
     assert glassformer.load(tmp_path / wanted).model.spec.vocab_size == len(set("the car is red and the sky is blue\n"))
 
 
+def test_train_says_whose_text_it_takes(run, tmp_path: Path) -> None:
+    said = "books: tinyshakespeare (the recipe's own text; --data takes yours) -> runs/books\n"
+    ended = run("train", "books", "--steps", "1", "--device", "tpu")
+    assert ended.err.startswith(said)
+    (tmp_path / "poem.txt").write_text("the car is red")
+    for option in (("--data", "poem.txt"), ("--set", "data=poem.txt")):
+        assert run("train", "books", *option, "--steps", "1", "--device", "tpu").err.startswith("books: poem.txt -> runs/books\n")
+
+
 def test_resume_by_name_goes_on_with_the_usual_folder(run, tmp_path: Path) -> None:
     assert run("train", "shakespeare_quick", "--steps", "1", *SMALL).code == 0
     ended = run("train", "shakespeare_quick", "--steps", "2", "--resume", *SMALL)
@@ -185,6 +195,7 @@ def test_params_and_dimensions_of_presets_and_runs(run, trained: Path) -> None:
 MISTAKES = {
     "an unknown command": (["tran"], r"No such command 'tran'.*See 'glassformer --help'"),
     "an unknown option": (["train", "shakespeare_quick", "--step", "3"], r"No such option: --step.*See 'glassformer train --help'"),
+    "a text like an option": (["generate", "nowhere", "-1"], r"No such option: -1\. A text or number that begins with '-' .* stands last, behind '--'"),
     "a missing argument": (["generate"], r"Missing argument 'MODEL'.*See 'glassformer generate --help'"),
     "a word for a number": (["train", "shakespeare_quick", "--steps", "many"], r"'--steps'.*See 'glassformer train --help'"),
     "an unknown recipe": (["train", "shakespear_quick"], r"No recipe is named 'shakespear_quick'\. Did you mean 'shakespeare_quick'"),
@@ -198,7 +209,7 @@ MISTAKES = {
     "a set through a number": (["train", "shakespeare_quick", "--set", "batch.x=3"], r"the path cannot go on with 'x'"),
     "an unknown part": (["train", "shakespeare_quick", "--set", "optimizer=AdamV"], r"No part of kind Optimizer is named 'AdamV'\. Did you mean 'AdamW'"),
     "a value that is not YAML": (["train", "shakespeare_quick", "--set", "batch=[1"], r"the value '\[1' is not YAML"),
-    "a budget of nothing": (["train", "shakespeare_quick", "--steps", "0"], r"A budget is above zero; steps=0"),
+    "a budget of nothing": (["train", "shakespeare_quick", "--steps", "0"], r"A budget is above zero; --steps 0 was given\."),
     "windows of nothing": (["evaluate", "nowhere", "--data", "tinyshakespeare", "--context", "0"], r"--context.*See 'glassformer evaluate --help'"),
     "text that is not there": (["train", "shakespeare_quick", "--data", "nowhere.txt"], r"There is no file or folder 'nowhere.txt'.*tinyshakespeare"),
     "a device that is not there": (["train", "shakespeare_quick", "--device", "tpu"], r"There is no device 'tpu' here\. There is: .*cpu"),
@@ -426,3 +437,103 @@ def test_a_group_by_itself_lists_its_commands(group: str, run) -> None:
 def test_a_text_without_a_command_is_a_page(run) -> None:
     assert run("look", "some text").err == "error: Missing option '--model' / '-m'. See 'glassformer look page --help'.\n"
     assert run("look", "--model", "lens", "text").err.startswith("error: There is no model at 'lens'"), "options may stand before the text"
+
+
+# Ends of another kind: streams, signals, alphabets
+
+
+def test_a_stream_that_is_closed_is_an_empty_one(run, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdin", None)
+        ended = run("generate", trained, "-")
+        assert (ended.code, ended.out) == (2, "") and ended.err.startswith("error: The prompt is empty")
+        patch.setattr(sys, "stdin", None)
+        assert run("chat", trained).code == 0
+    for name in ("stdout", "stderr"):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, name, None)
+            assert cli.main(["generate", str(trained), "A", "-n", "2"]) == 0
+            patch.setattr(sys, name, None)
+            assert cli.main(["generate", "nowhere", "A"]) == 2
+
+
+def test_an_interrupted_text_ends_its_line(run, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from glassformer import infer
+
+    def interrupted(*args: object, **options: object):
+        yield from (infer.Token(0, 1, letter, -1.0) for letter in "bc")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(infer, "stream", interrupted)
+    ended = run("generate", trained, "A")
+    assert (ended.code, ended.out) == (130, "Abc\n") and "Traceback" not in ended.err
+
+
+def test_a_chat_speaks_of_its_settings_by_their_names(run, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"/set temperature x\n/set top_k 3\n")))
+    ended = run("chat", trained)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.splitlines()[0] == "error: temperature='x': it is a number, but a text was given."
+
+
+def test_what_an_alphabet_lacks_is_a_question_mark(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", small)
+    assert cli.main(["look", "sampling", "To be", "--model", str(trained)]) == 0
+    assert small.buffer.getvalue().startswith(b"After ?To be?: ")  # type: ignore[attr-defined]
+
+
+def test_an_interrupt_while_the_libraries_are_read_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from glassformer import __main__ as door
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "glassformer.cli.app")
+        patch.setattr("builtins.__import__", interrupted)
+        code = door.run()
+    assert (code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
+NARROW = {"COLUMNS": "40", "NO_COLOR": "1"}
+
+
+def test_a_narrow_terminal_without_colours_shows_the_same(run, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = run("look", "sampling", "To be", "--model", trained)
+    for name, value in NARROW.items():
+        monkeypatch.setenv(name, value)
+    assert run("look", "sampling", "To be", "--model", trained).out == wide.out, "through a pipe nothing is cut"
+    assert "\x1b" not in wide.out
+    assert run("generate", "--help").code == 0
+
+
+BAD = {
+    "no name": (["generate", "", "Hi"], r"The model's name is empty: give a trained model's folder"),
+    "a folder without a model": (["generate", ".", "Hi"], r"\. holds no model: neither model\.json"),
+    "no prompt": (["generate", "MODEL", ""], r"The prompt is empty, and the tokenizer has no beginning-of-text token"),
+    "a token that is not there": (["generate", "MODEL", "Hi", "--set", "suppress=[999]"], r"Suppress names token 999, but the vocabulary has 65 tokens"),
+    "what only Python can say": (["generate", "MODEL", "Hi", "--set", "allowed=3"], r"allowed is written in Python"),
+    "a schema that is no JSON": (["generate", "MODEL", "Hi", "--json-schema", "{x"], r"is no JSON .* Give --json-schema a file, or the schema itself\."),
+    "a type that is none": (
+        ["generate", "MODEL", "Hi", "--json-schema", '{"properties": {"age": {"type": "strng"}}}'],
+        r"properties\.age\.type is 'strng'\. Did you mean 'string'\?",
+    ),
+    "no chat template": (["generate", "MODEL", "Hi", "--chat"], r"has no chat template.* Leave --chat out, or put"),
+    "a source for a decoder": (["look", "sampling", "Hi", "--model", "MODEL", "--source", "x"], r"--source is what an encoder reads"),
+    "an unwritable trace": (["generate", "MODEL", "Hi", "--trace", "nowhere/t.html"], r"'nowhere/t\.html' cannot be written: the folder"),
+    "an unwritable tree": (["generate", "MODEL", "Hi", "--num-beams", "2", "--beam-tree", "nowhere/t.json"], r"'nowhere/t\.json' cannot be written"),
+    "edits that are not there": (["generate", "MODEL", "Hi", "--edits", "e.json"], r"There is no file of edits at 'e\.json'"),
+    "memory that is no size": (["serve", "MODEL", "--memory", "lots"], r"error: --memory lots: a number of bytes, or a text such as '2 GB'"),
+    "a cache of no type": (["serve", "MODEL", "--cache-dtype", "int99"], r"error: --cache-dtype int99: 'bfloat16' or 'int8'; leave --cache-dtype out"),
+    "a chat that cannot be": (["chat", "MODEL", "--top-p", "5"], r"top-p is a probability above 0 and up to 1, but 5 was given"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_ends_in_one_sentence_and_2_with_nothing_printed(run, trained: Path, what: str) -> None:
+    args, expected = BAD[what]
+    ended = run(*[str(trained) if a == "MODEL" else a for a in args])
+    assert (ended.code, ended.out) == (2, "")
+    assert len(ended.err.strip().splitlines()) == 1 and ended.err.startswith("error: ")
+    assert re.search(expected, ended.err), ended.err

@@ -175,7 +175,7 @@ def test_what_it_prints_and_saves(tmp_path) -> None:
     assert told["prompt"] == "ab" and [piece["text"] for piece in told["tree"]] == ["__", "a"] and told["tree"] == tree.nested()
     assert [piece["text"] for piece in told["tree"][0]["children"]] == ["__", "a", "bb"]
     assert tree.save(tmp_path / "tree.txt").read_text() == str(tree) + "\n"
-    with pytest.raises(InputError, match=r"saved as \.json or \.txt, but 'tree\.png'"):
+    with pytest.raises(InputError, match=r"'tree\.png' ends in '\.png', but the ending says how a tree is written: one of \.html, \.json, \.txt"):
         tree.save(tmp_path / "tree.png")
 
 

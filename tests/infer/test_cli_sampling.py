@@ -73,8 +73,15 @@ def test_the_checkpoint_s_settings_stand_where_nothing_is_said():
         (["--set", "adaptiv_target=1"], "no setting 'adaptiv_target' of a sampler. Did you mean 'adaptive_target'"),
         (["--set", "x"], "--set takes NAME=VALUE, such as adaptive_target=0.4, but got 'x'"),
         (["--set", "top_k=3", "--top-k", "2"], "top_k was given twice, as 2 and as 3"),
-        (["--set", "top_a=much"], "top_a is a number or None, but a text was given"),
-        (["--xtc-threshold", "0.2"], "xtc_threshold was given without xtc_probability"),
+        (["--set", "top_a=much"], "--set top_a=much: it is a number, but a text was given"),
+        (["--set", "top_k=5.5"], "--set top_k=5.5: it is a whole number, but a number was given"),
+        (["--choice", "bé"], "No text of this choice can be written with this tokenizer's tokens. The vocabulary has no é: change the choice"),
+        (["--set", "penalty_alpha=6"], "contrastive search is a weight from 0 to 1, but alpha=6 was given"),
+        (["--set", "contrast_beta=1"], "--set contrast_beta was given without --amateur"),
+        (["-t", "-1"], "A temperature is 0 or more, but -1 was given"),
+        (["-t", "-1.0"], "A temperature is 0 or more, but -1.0 was given"),
+        (["--set", "temperature=-1"], "A temperature is 0 or more, but -1 was given"),
+        (["--xtc-threshold", "0.2"], "--xtc-threshold was given without --xtc-probability"),
         (["--mirostat", "2", "--top-k", "5"], "TopK(k=5) cannot go with it"),
         (["--order", "lama.cpp"], "no order of samplers named 'lama.cpp'"),
     ],
@@ -82,6 +89,22 @@ def test_the_checkpoint_s_settings_stand_where_nothing_is_said():
 def test_a_mistake_ends_in_a_sentence(run, args, words):
     code, out, err = run(*args)
     assert code == 2 and words in err and "Traceback" not in err and out == ""
+
+
+def test_contrastive_search_by_set(run):
+    code, out, err = run("--set", "penalty_alpha=0.6", "--show-sampler")
+    assert (code, err) == (0, "Greedy()\n") and out.startswith("a cab")
+    assert run("--set", "penalty_alpha=0.6", "--set", "top_k=4")[1] == out, "nothing stands of the usual 40"
+
+
+def test_a_setting_of_a_run_is_none_of_a_sampler(folder, capsys):
+    assert cli.main(["look", "sampling", "a", "--model", str(folder), "--set", "penalty_alpha=0.6"]) == 2
+    assert "penalty_alpha is no setting of a sampler but of a run: 'glassformer generate' takes --set penalty_alpha=0.6" in capsys.readouterr().err
+
+
+def test_a_whole_number_may_be_written_with_a_point(run):
+    assert run("--set", "top_k=5.0", "--show-sampler")[2] == run("--top-k", "5", "--show-sampler")[2]
+    assert run("--set", "penalty_window=-1.0", "--repetition-penalty", "1.1") == run("--set", "penalty_window=-1", "--repetition-penalty", "1.1")
 
 
 def test_combined_models_by_their_options(run, folder, capsys):
@@ -97,7 +120,7 @@ def test_combined_models_by_their_options(run, folder, capsys):
     # A model against itself: every plausible token is as good as the other, and the first of them is taken.
     assert run("--temperature", "0", "--amateur", str(folder))[0] == 0
     for said, words in (
-        (["--negative-prompt", "face"], "negative_prompt was given without guidance_scale"),
+        (["--negative-prompt", "face"], "--negative-prompt was given without --guidance-scale"),
         (["--dola-layers", "hgih"], "DoLa has no layers named 'hgih'. Did you mean 'high'"),
         (["--dola-layers", "99"], "but layer 99 was given"),
         (["--guidance-scale", "2", "--dola-layers", "low"], "each combine the model in their own way"),

@@ -525,7 +525,17 @@ def test_a_function_and_a_rule_go_together(bpe):
             {"json_schema": {"type": "string", "minLength": 5, "maxLength": 2}},
             r"The JSON schema cannot be used: Unsatisfiable schema: minLength \(5\) is greater",
         ),
-        ({"json_schema": {"type": "strin"}}, "The JSON schema cannot be used: Invalid type: strin"),
+        ({"json_schema": {"type": "strin"}}, "The JSON schema cannot be used: type is 'strin'. Did you mean 'string'"),
+        ({"json_schema": {"type": ["null", 3]}}, "The JSON schema cannot be used: type is 3. Known: string, number"),
+        (
+            {"json_schema": {"properties": {"type": {"type": "string"}, "age": {"items": {"anyOf": [{}, {"type": "strng"}]}}}}},
+            "cannot be used: properties.age.items.anyOf.1.type is 'strng'. Did you mean 'string'",
+        ),
+        (
+            {"json_schema": {"$ref": "#/$defs/a", "$defs": {"a": {"properties": {"b": {"$ref": "#/$defs/a"}, "c": {"type": "int"}}}}}},
+            r"cannot be used: \$defs.a.properties.c.type is 'int'. Did you mean 'integer'",
+        ),
+        ({"json_schema": {"properties": 3}}, "The JSON schema cannot be used: "),
         ({"json_schema": {"type": "object", "propertyNames": {"pattern": "a"}}}, r'The JSON schema cannot be used: Unimplemented keys: \["propertyNames"\]'),
         ({"json_schema": False}, "The JSON schema is false, which nothing meets"),
         ({"json_schema": "{"}, r"The JSON schema is no JSON \(Expecting .*\): '\{'\. Give a dict"),

@@ -181,7 +181,7 @@ def test_what_is_no_tool_and_no_choice(tools, choice, why):
 
 def test_a_schema_of_arguments_that_cannot_be_met_is_told(tokenizer):
     rule = ToolForm().constraint([{"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integre"}}}}])
-    with pytest.raises(SamplerError, match="The form of tool calls cannot be used: Invalid type: integre"):
+    with pytest.raises(SamplerError, match="The form of tool calls cannot be used: properties.a.type is 'integre'. Did you mean 'integer'"):
         Constrained(rule, tokenizer)
 
 

@@ -10,8 +10,8 @@ import torch
 
 from glassformer.core.errors import CacheError, InputError, SamplerError
 from glassformer.infer import Draw, Generated, Greedy, Penalties, Session, TopK, build_chain, generate, stream
-from glassformer.infer.generate import Options
 from glassformer.infer.named import Settings
+from glassformer.infer.options import Options
 from infer.fake import Bigram, Bytes, Pieces
 
 ABC = Pieces("a", "b", "c", "END", "E", "N", "D", "\n")
@@ -51,7 +51,8 @@ def test_an_empty_prompt_begins_with_the_beginning_of_text():
     ("prompt", "options", "error", "words"),
     [
         ("ab", {}, InputError, "without a tokenizer it cannot be read"),
-        ("", {"tokenizer": ABC}, InputError, "Prompt 0 is empty"),
+        ("", {"tokenizer": ABC}, InputError, "The prompt is empty"),
+        ([""], {"tokenizer": ABC}, InputError, "The prompt is empty"),
         ([[0], []], {}, InputError, "Prompt 1 is empty"),
         ([], {}, InputError, "a list of either"),
         (3, {}, InputError, "but got 3"),

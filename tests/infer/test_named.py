@@ -55,8 +55,8 @@ from glassformer.infer import (
     generation,
     stream,
 )
-from glassformer.infer.generate import Options
 from glassformer.infer.named import _NEEDS, ALIASES, ORDERS, STEERING, Settings, renamed
+from glassformer.infer.options import Options
 from infer.fake import Bigram, Pieces
 
 GONE = -math.inf

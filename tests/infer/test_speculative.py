@@ -560,9 +560,9 @@ def test_drafts_on_the_command_line(folders, capsys) -> None:
     for how, words in (
         (("--draft", folders[2]), "The draft has another tokenizer than the model: token"),
         (("--draft", "nowhere"), "There is no model at 'nowhere'"),
-        (("--draft-tokens", 3), "draft_tokens=3 was given without a draft"),
+        (("--draft-tokens", 3), "--draft-tokens 3 was given without a draft"),
         (("--draft", folders[1], "--num-beams", 2), "draft"),
-        (("--prompt-lookup", 2, "--num-beams", 2), "prompt_lookup_num_tokens"),
+        (("--prompt-lookup", 2, "--num-beams", 2), "--prompt-lookup does not go with --num-beams"),
     ):
         code, _, err = run(*how)
         assert code == 2 and words in err and err.count("\n") == 1

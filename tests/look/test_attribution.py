@@ -274,7 +274,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--by", "heads"], "'heads' is no way to attribute"),
         (["--by", "rollout", "--target", "old"], "knows no target"),
         (["--by", "source", "--baseline", "mean"], "use it with --by integrated"),
-        (["--by", "integrated", "--baseline", "²"], "baseline='²' is unknown"),
+        (["--by", "integrated", "--baseline", "²"], "--baseline '²' is unknown"),
     ):
         assert cli.main([*base, *wrong]) == 2
         assert said in capsys.readouterr().err

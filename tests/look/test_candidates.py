@@ -237,7 +237,7 @@ def test_from_the_command_line(tmp_path: Path, capsys, monkeypatch):
     edited = capsys.readouterr().out
     assert edited != bare and f"a change of {asked.change:+.3g} = attention" in edited
     assert cli.main(["look", "candidates", "the old man", "--model", "m", "--temperature", "0"]) == 2
-    assert "temperature=0" in capsys.readouterr().err
+    assert "--temperature 0: logits" in capsys.readouterr().err
     assert cli.main(["look", "compare", "the old man", "the red fox", "--model", "m", "--position", "9"]) == 2
     assert "Position 9 was asked for, but the text has 3 tokens" in capsys.readouterr().err
 

@@ -305,13 +305,17 @@ def test_statistics_show_themselves(model, words, tmp_path):
 def test_on_the_command_line(file, tmp_path, capsys):
     gf.save(zoo.SPECS["llama"].replace(vocab_size=zoo.words().vocab_size).build(seed=0), tmp_path / "m", tokenizer=zoo.words())
     acts = str(tmp_path / "acts")
-    assert (
-        main(["look", "activations", str(file), "-m", str(tmp_path / "m"), "-s", "blocks.*.resid_post", "-o", acts, "--context", "16", "--as", "float16"]) == 0
-    )
-    assert "3 sites, float16" in capsys.readouterr().out
+    command = ["look", "activations", str(file), "-m", str(tmp_path / "m"), "-s", "blocks.*.resid_post", "-o", acts, "--context", "16", "--as", "float16"]
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    assert "3 sites, float16" in first and "already" not in first
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"all of it was there already: {first}"
     for options in ([acts], [str(file), "-m", str(tmp_path / "m"), "--context", "16"]):
         assert main(["look", "statistics", *options, "-o", str(tmp_path / "s.json")]) == 0
         assert "blocks.2.resid_post" in capsys.readouterr().out
         assert len(json.loads((tmp_path / "s.json").read_text())["sites"]) == 3
+    assert main([*command[:5], "-s", "blocks.*.resid_psot", "-o", str(tmp_path / "none")]) == 2
+    assert "Did you mean 'blocks.*.resid_post'" in (said := capsys.readouterr().err) and "'glassformer dimensions MODEL' lists them all." in said
     assert main(["look", "statistics", str(file)]) == 2
     assert "give --model" in capsys.readouterr().err

@@ -304,7 +304,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert re.search(
         r"previous: weight on the position before \(t-1\)\. (No head of 12 comes|\d+ of 12 heads come at least) 0\.3 of the way", " ".join(out.split())
     )
-    for threshold, said in (("2", "threshold=2.0: it is a share of the way"), ("0.4", "--threshold 0.4 says from where on a head holds a role")):
+    for threshold, said in (("2", "--threshold 2: it is a share of the way"), ("0.4", "--threshold 0.4 says from where on a head holds a role")):
         assert main(["look", "heads", "-m", str(folder), "--threshold", threshold]) == 2
         assert said in " ".join(capsys.readouterr().err.split())
     assert main(["look", "heads", "-m", str(folder)]) == 0

@@ -318,8 +318,10 @@ def test_an_error_of_the_model_is_not_blamed_on_the_compiler():
 
 @pytest.mark.slow
 def test_compiled_and_eager_learn_the_same():
-    eager = small.losses(small.trainer(steps=6))
-    compiled = small.losses(small.trainer(steps=6, compile=True))
+    spec = small.spec()
+    spec = spec.replace(blocks=spec.blocks[:1])  # compiled in half the time of two
+    eager = small.losses(small.trainer(spec.build(seed=0), steps=6))
+    compiled = small.losses(small.trainer(spec.build(seed=0), steps=6, compile=True))
     assert compiled == pytest.approx(eager, rel=1e-3)
 
 

@@ -19,6 +19,7 @@ from glassformer.web.schemas import NOT_SERVED, Sampling
 from web import serving
 
 COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
+JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def server() -> Iterator[serving.Running]:
 
 
 def refused(server: serving.Running, path: str, body: Any, status: int = 400, **how: Any) -> dict[str, Any]:
-    sent = {"content": body} if isinstance(body, bytes) else {"json": body}
+    sent = {"content": body, "headers": JSON} if isinstance(body, bytes) else {"json": body}
     got = httpx.post(server.url + path, timeout=30, **sent, **how)
     assert got.status_code == status, got.text
     error = got.json()["error"]
@@ -176,14 +177,14 @@ def test_a_body_that_is_too_large(server: serving.Running) -> None:
         for _ in range(40):
             yield b"x" * 5000
 
-    got = httpx.post(server.url + COMPLETION, content=pieces(), timeout=30)
+    got = httpx.post(server.url + COMPLETION, content=pieces(), headers=JSON, timeout=30)
     assert got.status_code == 413
 
 
 def test_a_body_that_does_not_come(server: serving.Running) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as line:
-        line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+        line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{")
         assert b"408" in line.recv(4096)
     serving.idle(server.served)
 
@@ -211,6 +212,8 @@ def test_an_empty_key_is_refused() -> None:
 
     with pytest.raises(InputError, match="The key is empty"):
         create_app(Served(serving.loaded(), "x"), key=" ")
+    with pytest.raises(InputError, match="begins or ends with a space"):
+        create_app(Served(serving.loaded(), "x"), key="secret\n")
 
 
 def test_pages_of_other_origins_may_not_ask(server: serving.Running) -> None:
@@ -218,13 +221,58 @@ def test_pages_of_other_origins_may_not_ask(server: serving.Running) -> None:
     assert got.status_code == 403
     assert "Pages of https://evil.example may not ask" in got.json()["error"]["message"]
     assert "access-control-allow-origin" not in got.headers
-    assert httpx.get(f"{server.url}/v1/models", headers={"Origin": "http://localhost:3000"}).status_code == 200
+    assert httpx.get(f"{server.url}/v1/models", headers={"Origin": "http://localhost:3000"}).status_code == 403  # another port, another origin
+    assert httpx.get(f"{server.url}/v1/models", headers={"Origin": server.url}).status_code == 200
     with serving.running(serving.loaded(), cors=["https://good.example"]) as open_to:
         got = httpx.get(f"{open_to.url}/v1/models", headers={"Origin": "https://good.example"})
         assert got.headers["access-control-allow-origin"] == "https://good.example"
         asked = httpx.options(f"{open_to.url}{CHAT}", headers={"Origin": "https://good.example", "Access-Control-Request-Method": "POST"})
         assert asked.status_code == 200
         assert httpx.get(f"{open_to.url}/v1/models", headers={"Origin": "https://evil.example"}).status_code == 403
+
+
+def test_a_page_that_may_ask_may_read_a_refusal_at_the_gate() -> None:
+    with serving.running(serving.loaded(), cors=["https://good.example"], key="secret") as server:
+        got = httpx.get(f"{server.url}/v1/models", headers={"Origin": "https://good.example"})
+        assert got.status_code == 401
+        assert got.headers["access-control-allow-origin"] == "https://good.example"
+
+
+def test_a_foreign_name_that_leads_to_this_machine_is_refused(server: serving.Running) -> None:
+    port = server.url.rsplit(":", 1)[1]
+    got = httpx.get(f"{server.url}/v1/models", headers={"Host": f"evil.example:{port}", "Origin": f"http://evil.example:{port}"})
+    assert got.status_code == 403
+    assert got.json()["error"]["code"] == "host_not_allowed"
+    assert f"was asked as 'evil.example:{port}': ask 127.0.0.1 or localhost" in got.json()["error"]["message"]
+    for name in ("localhost", "LOCALHOST", "127.0.0.1", "[::1]", "127.0.0.2"):
+        assert httpx.get(f"{server.url}/v1/models", headers={"Host": f"{name}:{port}"}).status_code == 200
+    with serving.running(serving.loaded(), key="secret") as keyed:
+        got = httpx.get(f"{keyed.url}/v1/models", headers={"Host": "any.example", "Authorization": "Bearer secret"})
+        assert got.status_code == 200
+
+
+@pytest.mark.parametrize("sent", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_a_body_of_another_type_is_a_415(server: serving.Running, sent: str) -> None:
+    got = httpx.post(f"{server.url}{COMPLETION}", content=b'{"prompt": "x"}', headers={"Content-Type": sent} if sent else {})
+    assert got.status_code == 415
+    assert "send the header 'Content-Type: application/json'" in got.json()["error"]["message"]
+    assert (sent or "nothing") in got.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [b"[" * 900 + b"]" * 900, b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}", b"[" * 40_000 + b"]" * 40_000])
+def test_a_deeply_nested_body_is_a_400(server: serving.Running, body: bytes) -> None:
+    assert refused(server, COMPLETION, body)["code"] == "invalid_json"
+
+
+def test_echo_that_cannot_be_streamed_is_refused_before_the_first_byte(server: serving.Running) -> None:
+    for more in ({"logprobs": 1}, {"max_tokens": 0}):
+        error = refused(server, COMPLETION, {"prompt": "x", "echo": True, "stream": True} | more)
+        assert error["param"] == "echo"
+        assert "cannot be streamed" in error["message"]
+
+
+def test_a_scrape_is_no_running_request(server: serving.Running) -> None:
+    assert "glassformer_running_requests 0.0" in httpx.get(f"{server.url}/metrics").text
 
 
 # Limits of time and of the queue

@@ -39,7 +39,7 @@ async def reading(http: httpx.AsyncClient, prompt: str, seed: int, pause: float 
 
 async def rubbish(http: httpx.AsyncClient, i: int) -> int:
     bodies = [b"{", b"\xff\xfe", json.dumps({"prompt": "x", "n": "many"}).encode(), json.dumps({"prompt": [99999]}).encode(), b'{"prompt": "x", "top_p": 0}']
-    return (await http.post("/v1/completions", content=bodies[i % len(bodies)])).status_code
+    return (await http.post("/v1/completions", content=bodies[i % len(bodies)], headers={"Content-Type": "application/json"})).status_code
 
 
 @pytest.mark.slow

@@ -85,4 +85,4 @@ def test_nothing_fits() -> None:
 
 def test_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(folder), "x", "--weights", "int9"]) == 2
-    assert "weights='int9' is no way of holding a model's matrices" in capsys.readouterr().err
+    assert "--weights int9 is no way of holding a model's matrices" in capsys.readouterr().err

@@ -10,6 +10,7 @@ Nothing here imports torch: the commands do, when they run.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -21,7 +22,7 @@ import typer
 
 from .. import __version__
 from ..core.errors import CheckpointError, GlassformerError, GlassformerWarning, TrainingError
-from . import chat, convert, dimensions, evaluate, generate, inspect, look, params, serve, tokenizer, train, verify
+from . import chat, convert, dimensions, evaluate, generate, inspect, look, params, serve, shorts, spoken, tokenizer, train, verify
 
 OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
@@ -44,7 +45,7 @@ app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
 app.command("dimensions")(dimensions.dimensions)
 app.command("params")(params.params)
-app.command("verify")(verify.verify)
+app.command("verify", cls=shorts.Command)(verify.verify)
 app.add_typer(tokenizer.app, name="tokenizer")
 
 
@@ -86,13 +87,26 @@ def _notes() -> Iterator[None]:
         yield
 
 
+def _mend_streams() -> None:
+    """A stream that the caller has closed is an empty one, and what a terminal's alphabet lacks is a question mark in it."""
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115 : to the end of the process
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif not str(stream.encoding or "utf-8").lower().replace("-", "").startswith("utf") and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; ``None`` means the arguments of the process."""
     _let_threads_sleep()
+    _mend_streams()
     given = list(sys.argv[1:] if args is None else args)
+    group = typer.main.get_command(app)
     try:
         with _notes():
-            code = typer.main.get_command(app)(given or ["--help"], prog_name="glassformer", standalone_mode=False)
+            code = group(given or ["--help"], prog_name="glassformer", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else OK
     except (KeyboardInterrupt, typer.Abort):
@@ -103,10 +117,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return FAILED
     except SystemExit as error:  # typer's own answer to a closed pipe
         return error.code if isinstance(error.code, int) else FAILED
-    except (TrainingError, CheckpointError) as error:
-        return _complain(str(error), FAILED)
     except GlassformerError as error:
-        return _complain(str(error), MISTAKE)
+        return _complain(spoken.said(error, group, given), FAILED if isinstance(error, (TrainingError, CheckpointError)) else MISTAKE)
     except OSError as error:
         return _complain(_file_trouble(error), FAILED)
     except Exception as error:
@@ -120,7 +132,9 @@ def _unexpected(error: Exception) -> int:
     if hasattr(error, "format_message"):  # typer's own: a wrong option, a missing argument
         command = getattr(getattr(error, "ctx", None), "command_path", "glassformer")
         said = error.format_message().rstrip(".")
-        return _complain(f"{said}{'' if said.endswith('?') else '.'} See '{command} --help'.", MISTAKE)
+        number = re.match(r"-\.?[0-9]", str(getattr(error, "option_name", "")))
+        text = " A text or number that begins with '-' and is no option's value stands last, behind '--'." if number else ""
+        return _complain(f"{said}{'' if said.endswith('?') else '.'}{text} See '{command} --help'.", MISTAKE)
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return _complain("there is not so much memory: make what is asked for smaller (--set batch=8, --set context=128, --max-new-tokens 200).", FAILED)
     traceback.print_exception(error)

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 def _check_trees(places: list[str] | None) -> list[str] | None:
     """``--beam-tree`` is refused before anything is computed for it."""
     if places:
-        from ..infer.trace import check_place
+        from ..infer.search.tree import check_place
 
         for place in places:
             if place != "-":
-                check_place(place, "a beam tree", "beams.html")
+                check_place(place)
     return places
 
 
@@ -60,12 +60,15 @@ BeamTrees = Annotated[
 ]
 
 
-def said(given: dict[str, Any], early: str | None, trees: list[str] | None) -> dict[str, Any]:
-    """The options of ``generate`` that were said, under its names."""
-    found = {name: value for name, value in given.items() if value is not None and value != []}
-    if early is not None:
-        found["early_stopping"] = {"yes": True, "no": False, "never": "never"}[early]
-    return found | ({"beam_tree": True} if trees else {})
+def said(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of the command that concern a search and were said, under the names of ``generate``."""
+    plain = ("num_beams", "num_return_sequences", "length_penalty", "coverage_penalty", "num_beam_groups", "diversity_penalty")
+    found = {name: options[name] for name in plain if options[name] is not None}
+    if options["force_word"]:
+        found["force_words"] = options["force_word"]
+    if options["early_stopping"] is not None:
+        found["early_stopping"] = {"yes": True, "no": False, "never": "never"}[options["early_stopping"]]
+    return found | ({"beam_tree": True} if options["beam_tree"] else {})
 
 
 def settings(known: dict[str, Any], given: dict[str, Any], more: list[str] | None, asked: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +80,7 @@ def settings(known: dict[str, Any], given: dict[str, Any], more: list[str] | Non
         came["length_penalty"] = float(power)
     if known.get("early_stopping") in (True, False, "never"):
         came["early_stopping"] = known["early_stopping"]
-    return came | sampling.only_said(given, more) | asked
+    return came | sampling.only_said(given, more, sampling.BEYOND) | asked
 
 
 def run(model: Any, prompt: Any, beginning: str, places: list[str] | None, **options: Any) -> None:

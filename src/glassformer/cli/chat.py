@@ -20,7 +20,7 @@ def chat(
     min_p: sampling.MinP = None,
     more: sampling.More = None,
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answers.")] = None,
-    capacity: Annotated[int, typer.Option("--capacity", min=16, help="Tokens of the whole conversation.")] = 4096,
+    capacity: Annotated[int, typer.Option("--capacity", min=16, help="Tokens of the whole conversation: twice what serve keeps for each of many.")] = 4096,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, ...; by default the file's (float16 becomes float32 on a CPU).")] = None,
     packed: Annotated[bool, typer.Option("--packed", help="Keep the quantised matrices of a .gguf file packed in memory.")] = False,
     quantise: Annotated[str | None, typer.Option("--quantise", metavar="KIND", help="int8 or int4: quantise while loading, by torchao.")] = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from .look.common import Edits, edits_of
 
 if TYPE_CHECKING:
     from ..infer import Token, Trace
+    from ..infer.trace import Choice
 
 
 def _check_traces(places: list[str] | None) -> list[str] | None:
@@ -92,74 +94,52 @@ def generate(
     edits: Edits = None,
 ) -> None:
     """Continue a prompt with a trained model, token by token as they come."""
+    options = locals()
     from ..infer import Trace, generation, stream
     from .models import open_model, tokenizer_of
 
-    given = (
-        {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical_p, "top_n_sigma": top_n_sigma}
-        | {"xtc_probability": xtc_probability, "xtc_threshold": xtc_threshold, "mirostat": mirostat, "repetition_penalty": repetition_penalty}
-        | {"frequency_penalty": frequency_penalty, "presence_penalty": presence_penalty, "dry_multiplier": dry_multiplier, "bad_words": bad_word}
-        | {"no_repeat_ngram_size": no_repeat_ngram_size, "min_new_tokens": min_new_tokens, "order": order}
-        | sampling.rules(json_schema, regex, grammar, choice)
-        | {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt, "dola_layers": sampling.layers(dola_layers)}
-        | ({"contrast": open_model(amateur, device, dtype, packed, quantise, weights).model} if amateur else {})
-    )
+    given = sampling.given(options) | sampling.rules(json_schema, regex, grammar, choice)
+    given |= {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt, "dola_layers": sampling.layers(dola_layers)}
+    if amateur:
+        given["contrast"] = open_model(amateur, device, dtype, packed, quantise, weights).model
     loaded = open_model(model, device, dtype, packed, quantise, weights)
     text = _standard_input() if prompt == "-" else prompt
-    asked = beams.said(
-        {"num_beams": num_beams, "num_return_sequences": num_return_sequences, "length_penalty": length_penalty, "coverage_penalty": coverage_penalty}
-        | {"num_beam_groups": num_beam_groups, "diversity_penalty": diversity_penalty, "force_words": force_word},
-        *(early_stopping, beam_tree),
-    )
+    asked = beams.said(options)
     known = loaded.extra.get("generation", {})
-    chosen = beams.settings(known, given, more, asked) if asked else sampling.settings(known, given, more)
+    chosen = beams.settings(known, given, more, asked) if asked else sampling.settings(known, given, more, sampling.BEYOND)
     if show_sampler:
         print(generation(loaded, max_new_tokens=max_new_tokens, seed=seed, **chosen), file=sys.stderr)
     beginning = "" if chat or hasattr(loaded.model, "encoder") else text  # an encoder-decoder reads the text and writes another
-    asked_of = loaded.chat([{"role": "user", "content": text}]) if chat else text
+    read = loaded.chat([{"role": "user", "content": text}]) if chat else text
+    run: dict[str, Any] = chosen | {"tokenizer": tokenizer_of(loaded, model), "eos_id": loaded.eos_ids, "max_new_tokens": max_new_tokens, "seed": seed}
+    run |= {"stop": stop or (), "deterministic": deterministic, "prompt_lookup_num_tokens": prompt_lookup, "tap": edits_of(edits, loaded)}
     if asked:
-        run: dict[str, Any] = {
-            "tokenizer": tokenizer_of(loaded, model),
-            "eos_id": loaded.eos_ids,
-            "max_new_tokens": max_new_tokens,
-            "seed": seed,
-            "stop": stop or (),
-            "deterministic": deterministic,
-        }
-        run |= {"draft": draft, "prompt_lookup_num_tokens": prompt_lookup}  # which a search refuses
-        beams.run(loaded.model, asked_of, beginning, beam_tree, **run, **chosen, logprobs=logprobs, trace=bool(trace), tap=edits_of(edits, loaded))
+        beams.run(loaded.model, read, beginning, beam_tree, **run, draft=draft, logprobs=logprobs, trace=bool(trace))
         return
-    tokens = stream(
-        loaded.model,
-        asked_of,
-        tokenizer=tokenizer_of(loaded, model),
-        eos_id=loaded.eos_ids,
-        max_new_tokens=max_new_tokens,
-        **chosen,
-        seed=seed,
-        stop=stop or (),
-        logprobs=logprobs,
-        trace=candidates if trace else False,
-        tap=edits_of(edits, loaded),
-        deterministic=deterministic,
-        draft=None if draft is None else open_model(draft, device, dtype, packed, quantise),
-        draft_tokens=draft_tokens,
-        prompt_lookup_num_tokens=prompt_lookup,
-    )
-    choices = []
-    if not logprobs:
-        print(beginning, end="", flush=True)
-    guesses = None
-    for token in tokens:
-        choices.append(token.trace)
-        guesses = token.guesses
-        print(_line(token) if logprobs else token.text, end="\n" if logprobs else "", flush=True)
-    if not logprobs:
-        print()
-    if guesses is not None:
-        print(guesses, file=sys.stderr)
+    run |= {"draft": None if draft is None else open_model(draft, device, dtype, packed, quantise), "draft_tokens": draft_tokens}
+    tokens = stream(loaded.model, read, **run, logprobs=logprobs, trace=candidates if trace else False)
+    choices = _print(tokens, beginning, bool(logprobs))
     if trace:
         _show(Trace(tuple(c for c in choices if c is not None), text), trace)
+
+
+def _print(tokens: Iterable[Token], beginning: str, line_by_line: bool) -> list[Choice | None]:
+    """Print the tokens as they come, as a text or one to a line, and (on standard error) what came of guesses; how each token was chosen is given back."""
+    choices: list[Choice | None] = []
+    guesses = None
+    try:
+        for token in tokens:
+            if not (choices or line_by_line):
+                print(beginning, end="")  # not sooner: what is wrong with the sampler may show only where it meets the vocabulary
+            choices.append(token.trace)
+            guesses = token.guesses
+            print(_line(token) if line_by_line else token.text, end="\n" if line_by_line else "", flush=True)
+    finally:
+        if choices and not line_by_line:  # after Ctrl-C, too, the next line is one of its own
+            print()
+    if guesses is not None:
+        print(guesses, file=sys.stderr)
+    return choices
 
 
 def _standard_input() -> str:

@@ -33,6 +33,8 @@ def open_model(
     name: str, device: str | None = None, dtype: str | None = None, packed: bool = False, quantise: str | None = None, weights: str | None = None
 ) -> own.Loaded:
     """The saved model at ``name``, ready to run. Raises :class:`WeightsError` with the remedy for anything else."""
+    if not name.strip():
+        raise WeightsError("The model's name is empty: give a trained model's folder, a .gguf file, or hf://owner/name.")
     if not is_checkpoint(name):
         remedy = "A preset has no trained weights: train one first" if name in presets.names() else "Train one first"
         raise WeightsError(

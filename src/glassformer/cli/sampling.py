@@ -73,11 +73,25 @@ Weights = Annotated[
 ON_TOKENS = ("repetition_penalty", "no_repeat_ngram_size", "forced_bos_token_id", "forced_eos_token_id")
 NUMBERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff", *ON_TOKENS)
 """What a checkpoint's own settings may say."""
+PLAIN = (
+    *("temperature", "top_k", "top_p", "min_p", "typical_p", "top_n_sigma", "xtc_probability", "xtc_threshold", "mirostat"),
+    *("repetition_penalty", "frequency_penalty", "presence_penalty", "dry_multiplier", "no_repeat_ngram_size", "min_new_tokens", "order"),
+)
+"""The options that bear the names of their settings."""
+BEYOND = ("penalty_alpha", "contrast_alpha", "contrast_beta", "draft_rule")
+"""What ``--set`` knows of ``generate`` besides the settings of its sampler."""
+PYTHON = ("allowed", "constraint", "prefix_allowed_tokens_fn")
+"""Settings that only Python can say."""
 
 
-def settings(known: dict[str, Any], given: dict[str, Any], more: list[str] | None = None) -> dict[str, Any]:
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the options of a command say one by one."""
+    return {name: options[name] for name in PLAIN if name in options} | {"bad_words": options["bad_word"]}
+
+
+def settings(known: dict[str, Any], given: dict[str, Any], more: list[str] | None = None, beyond: tuple[str, ...] = ()) -> dict[str, Any]:
     """What was said on the command line; where nothing was, what came with the checkpoint; where it says nothing either, the usual."""
-    said = only_said(given, more)
+    said = only_said(given, more, beyond)
     greedy = known.get("do_sample") is False
     usual = {"temperature": 0.0 if greedy else 0.8, "top_k": 40}
     came: dict[str, Any] = {k: v for k, v in known.items() if k in NUMBERS and isinstance(v, int | float) and not isinstance(v, bool)}
@@ -88,6 +102,8 @@ def settings(known: dict[str, Any], given: dict[str, Any], more: list[str] | Non
     standing = usual | came
     if any(name in said for name in ("json_schema", "regex", "grammar", "choices")):
         standing = {k: v for k, v in standing.items() if k not in ("forced_bos_token_id", "forced_eos_token_id")}  # they may break the rule
+    if said.get("penalty_alpha"):  # contrastive search chooses by itself, among fewer than the usual 40
+        standing = {k: v for k, v in standing.items() if k in (*ON_TOKENS, "bad_words_ids")}
     if said.get("mirostat"):
         standing = {k: v for k, v in standing.items() if k in (*ON_TOKENS, "temperature", "bad_words_ids")}
     if ";" in str(order := said.get("order", "")):
@@ -101,10 +117,10 @@ def layers(text: str | None) -> str | list[int] | None:
     return [int(part) for part in parts] if parts and all(part.strip().isdigit() for part in parts) else text
 
 
-def only_said(given: dict[str, Any], more: list[str] | None = None) -> dict[str, Any]:
-    """What was said on the command line, by an option or by ``--set``; twice is an error."""
+def only_said(given: dict[str, Any], more: list[str] | None = None, beyond: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What was said on the command line, by an option or by ``--set``, which may name ``beyond`` too; twice is an error."""
     said = {name: value for name, value in given.items() if value is not None and value != []}
-    for name, value in map(read_setting, more or ()):
+    for name, value in (read_setting(text, beyond) for text in more or ()):
         if name in said:
             from ..core.errors import SamplerError
 
@@ -134,19 +150,26 @@ def _file(option: str, name: str) -> str:
         raise InputError(f"{option} {name}: the file is not UTF-8 text.") from None
 
 
-def read_setting(text: str) -> tuple[str, Any]:
-    """``NAME=VALUE``: a value is JSON, or else a text."""
+def read_setting(text: str, beyond: tuple[str, ...] = ()) -> tuple[str, Any]:
+    """``NAME=VALUE``: a value is JSON, or else a text; ``5.0`` is a whole number too. Raises :class:`SamplerError`."""
     from ..core.errors import SamplerError, did_you_mean
-    from ..core.fields import hints
+    from ..core.fields import fits, hints
     from ..infer.named import Settings
+    from ..infer.options import Options
 
     name, equals, value = text.partition("=")
-    name, known = name.strip().replace("-", "_"), hints(Settings)
+    name, known = name.strip().replace("-", "_"), (*(n for n in hints(Settings) if n not in PYTHON), *beyond)
     if not equals:
         raise SamplerError(f"--set takes NAME=VALUE, such as adaptive_target=0.4, but got {text!r}.")
+    if name in BEYOND and name not in known:
+        raise SamplerError(f"{name} is no setting of a sampler but of a run: 'glassformer generate' takes --set {text}. Leave it out here.")
+    if name in PYTHON:
+        raise SamplerError(f"{name} is written in Python, glassformer.generate({name}=…), and --set takes numbers and texts: leave it out.")
     if name not in known:
         raise SamplerError(f"There is no setting {name!r} of a sampler.{did_you_mean(name, known)} Known: {', '.join(sorted(known))}.")
     try:
-        return name, json.loads(value)
+        read = json.loads(value)
     except json.JSONDecodeError:
         return name, value
+    kind = hints(Options)[name]
+    return name, int(read) if isinstance(read, float) and read.is_integer() and not fits(read, kind) and fits(int(read), kind) else read

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ..weights.own import Loaded
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(
@@ -56,6 +55,7 @@ def serve(
     _check_one_device(model, device, devices)
     check_extra()
     from ..web import Limits, Served, create_app, serve
+    from ..web.gate import LOOPBACK
     from .models import open_model
 
     loaded = open_model(model, device, dtype, packed, quantise, weights)

@@ -205,12 +205,7 @@ class Talk:
         kind = target.suffix.lower()
         if kind not in ENDINGS:
             raise InputError(f"{target.name!r} ends in {kind or 'nothing'!r}, but the ending says how a conversation is written: {', '.join(ENDINGS)}.")
-        try:
-            files.replace(target, self._written(kind))
-        except OSError as error:
-            reason, todo = files.trouble(error)
-            raise InputError(f"{str(target)!r} cannot be written: {reason}. {todo}.") from error
-        return target
+        return files.save(target, self._written(kind))
 
     def _written(self, kind: str) -> str:
         if kind == ".json":

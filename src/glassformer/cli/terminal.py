@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..core.errors import GlassformerError, InputError, did_you_mean
+from .spoken import as_typed
 
 if TYPE_CHECKING:
     from ..infer import Token
@@ -132,6 +133,7 @@ class Terminal:
 
     def _complain(self, text: str) -> None:
         self.mistakes += 1
+        text = as_typed(text, {})  # a setting here bears the name that it has in Python
         if self.interactive:
             self.console.print(Text.assemble(("error: ", "red"), text))
         else:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .shorts import Command
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -23,15 +25,15 @@ FEW_COLOURS = ("cyan", "yellow", "green", "bright_magenta")
 """The same where the terminal has sixteen colours only, which would make two of the pale ones alike."""
 
 
-@app.command("train")
+@app.command("train", cls=Command)
 def train(
     files: Annotated[list[Path], typer.Argument(help="Texts in UTF-8, also .gz and .xz.")],
-    kind: Annotated[str, typer.Option("--kind", "-k", help="bpe, wordpiece, unigram, bytes, characters or words.")] = "bpe",
+    kind: Annotated[str, typer.Option("--kind", help="bpe, wordpiece, unigram, bytes, characters or words.")] = "bpe",
     vocab_size: Annotated[
         int | None, typer.Option("--vocab-size", "-v", metavar="N", help="Tokens in all; by default 32000, or all there are for characters and words.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder (or .json file) to write.")] = Path("tokenizer"),
-    special: Annotated[list[str] | None, typer.Option("--special", "-s", metavar="TOKEN", help="A special token; again for the next one.")] = None,
+    special: Annotated[list[str] | None, typer.Option("--special", metavar="TOKEN", help="A special token; again for the next one.")] = None,
     role: Annotated[list[str] | None, typer.Option("--role", metavar="ROLE=TOKEN", help="What a special token is for, such as eos='###'.")] = None,
     pattern: Annotated[str, typer.Option("--pattern", help="bpe: how words are cut first: gpt2, cl100k, qwen2 or o200k.")] = "gpt2",
     lowercase: Annotated[bool, typer.Option("--lowercase", help="wordpiece: make everything lower case.")] = False,

@@ -47,7 +47,8 @@ def train(
     chosen = _with_options(found, steps, seconds, data)
     usual = Path("runs") / Path(recipe).stem
     folder = out or (usual if resume else _free_folder(usual))
-    print(f"{Path(recipe).stem}: {', '.join(chosen.texts)} -> {folder}", file=sys.stderr)
+    own = " (the recipe's own text; --data takes yours)" if recipe in built_in() and not data and chosen.texts == read_recipe(recipe).texts else ""
+    print(f"{Path(recipe).stem}: {', '.join(chosen.texts)}{own} -> {folder}", file=sys.stderr)
     try:
         trainer = chosen.trainer(folder, device=pick_device(device), resume=resume, progress=True, tap=None if made is None else made.tap)
     except (TrainingError, CheckpointError) as error:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def verify(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder in the Hugging Face format, or hf://owner/name.")],
-    text: Annotated[str | None, typer.Option("--text", "-t", help="What to run; by default fixed random tokens.")] = None,
+    text: Annotated[str | None, typer.Option("--text", help="What to run; by default fixed random tokens.")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="The type that both compute in.")] = "float32",
     tolerance: Annotated[
         float | None, typer.Option("--tolerance", help="The largest error of a site, relative to its largest number; by default 1e-4 (5e-2 in bfloat16).")

@@ -20,348 +20,19 @@ writing at its own length, and what lies beyond a row's length is invisible beca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import CacheError
+from .ring import Ring
+from .slots import NO_CACHE, Clock, Dense, Growing, NoCache, Once, Pick, Shelf, Slot
 
-
-class Clock:
-    """How many tokens each row holds, and how many the running call adds."""
-
-    def __init__(self, batch: int):
-        self.lengths = [0] * batch
-        self.new = [0] * batch
-        self.width = 0  # columns of the running call
-        self.overwritten = False  # whether the running call has overwritten what an earlier one wrote
-        self.sources = [0] * batch  # places of each row's source on a Shelf
-        self.filling = False  # whether the running call is the first that sees its sources
-
-    @property
-    def uniform(self) -> bool:
-        """Whether all rows hold, and receive, equally many tokens."""
-        return len(set(self.lengths)) <= 1 and all(n == self.width for n in self.new)
-
-
-class Slot:
-    """One attention layer's part of a cache. The base is the null object :class:`NoCache` derives from."""
-
-    layout = "none"
-
-    def update(self, k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Add keys and values [b t g k] at places ``index``; return all as [b g s k] with their places."""
-        return k.transpose(1, 2), v.transpose(1, 2), index
-
-    def reserve(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
-        """In place of :meth:`update`, for a caller that writes keys and values [b t g k] at their places itself: views [b g s k] up to the last of them.
-
-        Key ``j`` of a row lies at place ``j``. None: not to be had, use :meth:`update`.
-        """
-        return None
-
-    def once(self, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Keys and values that never change during a generation: made on the first call only."""
-        return make()
-
-    @property
-    def newest(self) -> bool:
-        """Whether the running call holds one token per row and no key lies beyond it."""
-        return False
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What is held, by name (rows on axis 0)."""
-        return {}
-
-    def rearranged(self, clock: Clock, pick: Callable[[Tensor], Tensor]) -> Slot:
-        """A copy whose rows are ``pick(tensor)``."""
-        return self
-
-    def part(self, clock: Clock, first: int, last: int) -> Slot:
-        """A slot over rows ``first`` to ``last`` (not included) of the same memory: ``clock`` counts them."""
-        return self.rearranged(clock, lambda x: x[first:last])
-
-    def of_row(self, row: int, n: int, sources: int) -> list[Tensor]:
-        """Where the first ``n`` tokens of a row, or the first ``sources`` places of its source, lie: pieces of the buffers, to read and to write."""
-        return [x[row] for x in self.tensors().values()]
-
-    def keeps(self, held: int, n: int) -> bool:
-        """Whether a row that holds ``held`` tokens still has all that is needed to go on after the first ``n`` of them."""
-        return True
-
-    def forget(self, row: int) -> None:
-        """Note that a row holds nothing."""
-
-    def check_rewind(self, lengths: list[int], ks: list[int]) -> None:
-        """Raise :class:`CacheError` if the last ``ks`` tokens of the rows cannot be forgotten."""
-
-
-class NoCache(Slot):
-    """Holds nothing."""
-
-
-NO_CACHE = NoCache()
-
-
-class Dense(Slot):
-    """Keys and values of every token so far, in buffers of fixed capacity.
-
-    What is written is a constant to autograd; ``capacity=None`` (:class:`Growing`) keeps the graph.
-    """
-
-    layout = "dense"
-
-    def __init__(self, clock: Clock, capacity: int):
-        self.clock, self.capacity = clock, capacity
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
-
-    @property
-    def keys(self) -> Tensor | None:
-        """[b g s k], the filled part (None before the first call)."""
-        return None if self._keys is None else self._keys[:, :, : max(self.clock.lengths)]
-
-    @property
-    def values(self) -> Tensor | None:
-        """[b g s k], the filled part (None before the first call)."""
-        return None if self._values is None else self._values[:, :, : max(self.clock.lengths)]
-
-    @property
-    def newest(self) -> bool:
-        return self.clock.width == 1 and self.clock.uniform
-
-    def update(self, k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        start, t = max(self.clock.lengths), k.shape[1]
-        end = start + t
-        if self._keys is None or self._values is None:
-            self._keys, self._values = self._buffer(k), self._buffer(v)
-        if self.clock.uniform:
-            self._keys[:, :, start:end] = k.detach().transpose(1, 2)
-            self._values[:, :, start:end] = v.detach().transpose(1, 2)
-        else:
-            rows = torch.arange(k.shape[0], device=k.device)[:, None]
-            self._keys.transpose(1, 2)[rows, index] = k.detach()
-            self._values.transpose(1, 2)[rows, index] = v.detach()
-        places = index if start == 0 and index.ndim == 1 else torch.arange(end, device=k.device)
-        return self._keys[:, :, :end], self._values[:, :, :end], places
-
-    def reserve(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
-        end = max(self.clock.lengths) + k.shape[1]
-        if self._keys is None or self._values is None or end == k.shape[1]:
-            return None  # the first call
-        return self._keys.narrow(2, 0, end), self._values.narrow(2, 0, end)
-
-    def _buffer(self, x: Tensor) -> Tensor:
-        b, _, g, d = x.shape
-        return torch.zeros(b, g, self.capacity, d, dtype=x.dtype, device=x.device)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {} if self._keys is None or self._values is None else {"keys": self._keys, "values": self._values}
-
-    def of_row(self, row: int, n: int, sources: int) -> list[Tensor]:
-        return [x[row, :, :n] for x in self.tensors().values()]
-
-    def rearranged(self, clock: Clock, pick: Callable[[Tensor], Tensor]) -> Slot:
-        new = type(self)(clock, self.capacity)
-        if self._keys is not None and self._values is not None:
-            new._keys, new._values = pick(self._keys), pick(self._values)
-        return new
-
-
-class Growing(Dense):
-    """A dense slot that grows by concatenation, so that gradients flow through the cached tokens too."""
-
-    def __init__(self, clock: Clock, capacity: int = 0):
-        super().__init__(clock, capacity)
-
-    def update(self, k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if self._keys is None or self._values is None:
-            self._keys, self._values = k, v
-        elif self.clock.uniform:
-            n = max(self.clock.lengths)
-            self._keys, self._values = torch.cat([self._keys[:, :, :n], k], 2), torch.cat([self._values[:, :, :n], v], 2)
-        else:
-            self._keys, self._values = self._placed(self._keys, k, index), self._placed(self._values, v, index)
-        places = index if index.ndim == 1 and max(self.clock.lengths) == 0 else torch.arange(self._keys.shape[2], device=k.device)
-        return self._keys, self._values, places
-
-    def reserve(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
-        return None
-
-    def _placed(self, old: Tensor, new: Tensor, index: Tensor) -> Tensor:
-        end = max(self.clock.lengths) + new.shape[2]
-        grown = torch.cat([old, old.new_zeros(*old.shape[:2], max(0, end - old.shape[2]), old.shape[3])], 2)
-        rows = torch.arange(new.shape[0], device=new.device)[:, None]
-        return grown.transpose(1, 2).index_put((rows, index.expand(new.shape[0], -1)), new.transpose(1, 2)).transpose(1, 2)
-
-
-class Ring(Slot):
-    """The last ``capacity`` tokens of each row: token ``p`` lies at place ``p % capacity``.
-
-    A call's own tokens are attended to in full (a long prompt's early queries need keys that its
-    late ones overwrite), then the ring keeps the last ones.
-
-        ring keys ─┐
-                   ├─► concatenated ──► attention
-        new keys ──┤
-                   └─► the newest per place ──► ring
-    """
-
-    def __init__(self, clock: Clock, window: int, slack: int):
-        self.clock, self.window, self.capacity = clock, window, window + slack
-        self.layout = f"ring:{self.capacity}"
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
-        self._index: Tensor | None = None
-
-    @property
-    def keys(self) -> Tensor | None:
-        """[b g s k], the whole ring in storage order (None before the first call)."""
-        return self._keys
-
-    @property
-    def values(self) -> Tensor | None:
-        """[b g s k], the whole ring in storage order (None before the first call)."""
-        return self._values
-
-    def update(self, k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        b, t, g, _ = k.shape
-        if self._index is None:
-            self._make(k, v)
-            self._index = torch.full((b, self.capacity), -1, device=k.device)
-        # Places beyond what a row holds (left by rewinding, or padding of a ragged call) do not exist.
-        held = torch.tensor(self.clock.lengths, device=k.device)[:, None]
-        old_index = torch.where(self._index < held, self._index, -1)
-        fresh = index.expand(b, t)
-        if max(self.clock.lengths) == 0:
-            keys, values, places = k.transpose(1, 2), v.transpose(1, 2), index
-        else:
-            old_keys, old_values = self._kept(k.dtype)
-            keys = torch.cat([old_keys, k.transpose(1, 2)], 2)
-            values = torch.cat([old_values, v.transpose(1, 2)], 2)
-            places = torch.cat([old_index, fresh], 1)
-        # The newest token p of each place r: p = last - (last - r) mod capacity, if it is one of this call's.
-        end = held + torch.tensor(self.clock.new, device=k.device)[:, None]
-        r = torch.arange(self.capacity, device=k.device)[None]
-        newest = end - 1 - (end - 1 - r) % self.capacity
-        mine = (newest >= held) & (newest < end)
-        source = (newest - held).clamp(0, t - 1)[:, None, :, None]
-        pick = mine[:, None, :, None]
-        self.clock.overwritten = True
-        self._keep(pick, *(x.detach().transpose(1, 2).gather(2, source.expand(b, g, -1, x.shape[3])) for x in (k, v)))
-        self._index.copy_(torch.where(mine, newest, old_index))  # in place, as all of it: the buffers may be some rows of larger ones
-        return keys, values, places
-
-    def _make(self, k: Tensor, v: Tensor) -> None:
-        self._keys, self._values = (x.new_zeros(x.shape[0], x.shape[2], self.capacity, x.shape[3]) for x in (k.detach(), v.detach()))
-
-    def _kept(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        assert self._keys is not None
-        assert self._values is not None
-        return self._keys, self._values
-
-    def _keep(self, pick: Tensor, k: Tensor, v: Tensor) -> None:
-        """Put what ``k`` and ``v`` [b g s k] hold at the places that are picked."""
-        for old, new in zip(self._kept(k.dtype), (k, v), strict=True):
-            old.copy_(torch.where(pick, new, old))
-
-    def keeps(self, held: int, n: int) -> bool:
-        return n == held or held <= self.capacity  # as long as nothing was overwritten, any beginning is whole
-
-    def forget(self, row: int) -> None:
-        if self._index is not None:
-            self._index[row] = -1
-
-    def tensors(self) -> dict[str, Tensor]:
-        if self._keys is None or self._values is None or self._index is None:
-            return {}
-        return {"keys": self._keys, "values": self._values, "index": self._index}
-
-    def rearranged(self, clock: Clock, pick: Callable[[Tensor], Tensor]) -> Slot:
-        new = Ring(clock, self.window, self.capacity - self.window)
-        if self._keys is not None and self._values is not None and self._index is not None:
-            new._keys, new._values, new._index = pick(self._keys), pick(self._values), pick(self._index)
-        return new
-
-    def check_rewind(self, lengths: list[int], ks: list[int]) -> None:
-        if self._index is None:
-            return
-        for row, (n, k) in enumerate(zip(lengths, ks, strict=True)):
-            if k == 0:
-                continue
-            # After forgetting k tokens the next query needs the window - 1 tokens before it.
-            needed = torch.arange(max(0, n - k - self.window + 1), n - k, device=self._index.device)
-            if not torch.isin(needed, self._index[row]).all():
-                raise CacheError(
-                    f"This cache has a ring of {self.capacity} places for a window of {self.window}, so {k} tokens of a row of {n} can no longer be forgotten. "
-                    f"Make the cache with rewind={k} or more."
-                )
-
-
-class Once(Slot):
-    """Keys and values of an encoder's output, computed once and kept."""
-
-    layout = "once"
-
-    def __init__(self) -> None:
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
-
-    @property
-    def keys(self) -> Tensor | None:
-        """[b g s k] (None before the first call)."""
-        return self._keys
-
-    @property
-    def values(self) -> Tensor | None:
-        """[b g s k] (None before the first call)."""
-        return self._values
-
-    def once(self, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        if self._keys is None or self._values is None:
-            self._keys, self._values = make()
-        return self._keys, self._values
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {} if self._keys is None or self._values is None else {"keys": self._keys, "values": self._values}
-
-    def rearranged(self, clock: Clock, pick: Callable[[Tensor], Tensor]) -> Slot:
-        new = Once()
-        if self._keys is not None and self._values is not None:
-            new._keys, new._values = pick(self._keys), pick(self._values)
-        return new
-
-
-class Shelf(Once):
-    """Keys and values of encoders' outputs in buffers of fixed size: every row's source is put there when its own first call comes."""
-
-    layout = "shelf"
-
-    def __init__(self, clock: Clock, room: int):
-        super().__init__()
-        self.clock, self.room = clock, room
-
-    def once(self, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        if self._keys is None or self._values is None or self.clock.filling:
-            keys, values = make()
-            if self._keys is None or self._values is None:
-                self._keys, self._values = (x.new_zeros(*x.shape[:2], self.room, x.shape[3]) for x in (keys, values))
-            self._keys[:, :, : keys.shape[2]], self._values[:, :, : values.shape[2]] = keys.detach(), values.detach()
-            return keys, values
-        n = max(self.clock.sources)
-        return self._keys[:, :, :n], self._values[:, :, :n]
-
-    def of_row(self, row: int, n: int, sources: int) -> list[Tensor]:
-        return [x[row, :, :sources] for x in self.tensors().values()]
-
-    def rearranged(self, clock: Clock, pick: Callable[[Tensor], Tensor]) -> Slot:
-        new = Shelf(clock, self.room)
-        if self._keys is not None and self._values is not None:
-            new._keys, new._values = pick(self._keys), pick(self._values)
-        return new
+__all__ = ["NO_CACHE", "Cache", "Clock", "Dense", "Growing", "NoCache", "Once", "Pick", "Ring", "Shelf", "Slot", "View"]
 
 
 class Cache:
@@ -441,17 +112,44 @@ class Cache:
     def select(self, rows: Sequence[int]) -> Cache:
         """A new cache of copies of these rows, in this order; a row may be taken several times."""
         self._check_whole()
-        for r in rows:
-            if not 0 <= r < self.batch:
-                raise CacheError(f"This cache has {self.batch} rows, so there is no row {r}.")
+        self._check_rows(*rows)
         clock = Clock(len(rows))
         clock.lengths = [self.clock.lengths[r] for r in rows]
         clock.sources = [self.clock.sources[r] for r in rows]
 
-        def pick(x: Tensor) -> Tensor:
-            return x.index_select(0, torch.tensor(list(rows), device=x.device, dtype=torch.long))
+        def pick(x: Tensor, filled: int | None) -> Tensor:
+            at = torch.tensor(list(rows), device=x.device, dtype=torch.long)
+            if filled is None or 2 * filled > x.shape[2]:
+                return x.index_select(0, at)
+            new = x.new_zeros(len(rows), *x.shape[1:])
+            new[:, :, :filled] = x[:, :, :filled].index_select(0, at)
+            return new
 
         return Cache(clock, [{k: s.rearranged(clock, pick) for k, s in layer.items()} for layer in self.layers], self.capacity)
+
+    def reorder(self, rows: Sequence[int], shared: Sequence[int] | None = None) -> Cache:
+        """:meth:`select` for a cache that nobody needs any more: where the number of rows stays, the same buffers, in which only rows that change are written.
+
+        ``shared``: how many of its first tokens (and its source, if any) each new row already has where it will stand, as copies: they are not copied
+        again. Returns the cache to go on with, this one or another.
+        """
+        if type(self) is not Cache or self.capacity is None or len(rows) != self.batch:
+            return self.select(rows)
+        self._check_whole()
+        self._check_rows(*rows)
+        clock, moves = self.clock, _moves(rows, shared or [0] * len(rows))
+        for slot in self._slots():
+            aside: list[Tensor] = []
+            for move in moves:
+                told = clock.lengths[move.row], clock.sources[move.row], move.since
+                there = aside if move.source == _ASIDE else slot.of_row(move.source, *told)
+                if move.target == _ASIDE:
+                    aside = [x.clone() for x in there]
+                    continue
+                for new, old in zip(slot.of_row(move.target, *told), there, strict=True):
+                    new.copy_(old)
+        clock.lengths, clock.sources = [clock.lengths[r] for r in rows], [clock.sources[r] for r in rows]
+        return self
 
     def rewind(self, k: int | Sequence[int]) -> None:
         """Forget the last ``k`` tokens of every row, or of each row as many as its number in a list says."""
@@ -551,6 +249,40 @@ class Cache:
 
     def __repr__(self) -> str:
         return f"Cache({self.batch} rows, lengths {self.clock.lengths}, capacity {self.capacity}, {len(self.layers)} layers, {self.bytes:,} bytes)"
+
+
+@dataclass(frozen=True)
+class _Move:
+    """``target`` gets the tokens of row ``row`` behind its first ``since`` from where they lie: in row ``source``. :data:`_ASIDE`: beside the cache."""
+
+    row: int
+    source: int
+    target: int
+    since: int
+
+
+_ASIDE = -1
+
+
+def _moves(rows: Sequence[int], shared: Sequence[int]) -> list[_Move]:
+    """How row ``i`` becomes row ``rows[i]``, all in place: nobody is overwritten who is still to be read, and one of each circle is put aside first."""
+    waiting = {target: source for target, source in enumerate(rows) if source != target}
+    readers = Counter(waiting.values())
+    free, moves = [target for target in waiting if not readers[target]], []
+    while waiting:
+        if not free:
+            # Only circles are left, in which each is read by one.
+            target, row = next(iter(waiting.items()))
+            moves.append(_Move(row, row, _ASIDE, shared[target]))
+            waiting[target] = _ASIDE
+            free, readers[row] = [row], 0
+        target = free.pop()
+        source, row = waiting.pop(target), rows[target]
+        moves.append(_Move(row, source, target, shared[target]))
+        readers[source] -= 1
+        if source in waiting and not readers[source]:
+            free.append(source)
+    return moves
 
 
 class View(Cache):

@@ -10,12 +10,52 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from .errors import InputError
+from .fields import described
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+
+
+def check_place(path: str | os.PathLike[str], what: str, endings: tuple[str, ...], example: str) -> Path:
+    """The file that ``what`` ("a trace") is to be written to. Raises :class:`InputError` if its ending says nothing, or its folder is not there."""
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"{what[0].upper()}{what[1:]} is written to a file, but {described(type(path))} was given: name one, such as {example!r}.")
+    target = Path(path)
+    kind = target.suffix.lower()
+    if target.is_dir():
+        raise InputError(
+            f"{str(path)!r} cannot be written: it is a folder, and {what} is a file. Name one in it, such as {str(target / example)!r}; "
+            "what was there before is untouched."
+        )
+    if kind not in endings:
+        said = f"one of {', '.join(endings)}" if len(endings) > 2 else " or ".join(endings)
+        raise InputError(f"{target.name!r} {f'ends in {kind!r}' if kind else 'has no ending'}, but the ending says how {what} is written: {said}.")
+    if not target.parent.is_dir():
+        raise InputError(f"{str(target)!r} cannot be written: the folder {str(target.parent)!r} does not exist; create it or choose another.")
+    return target
+
+
+@contextmanager
+def saving(target: Path) -> Iterator[None]:
+    """Turns the system's refusal to write ``target`` into an :class:`InputError` with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        reason, todo = trouble(error)
+        raise InputError(f"{str(target)!r} cannot be written: {reason}. {todo}; what was there before is untouched.") from error
+
+
+def save(target: Path, text: str) -> Path:
+    """Put ``text`` at ``target`` at once; gives the target. A lone half of a surrogate pair is written as its escape, which JSON reads as that half again."""
+    with saving(target):
+        replace(target, text.encode("utf-8", "backslashreplace").decode())
+    return target
 
 
 def replace(path: Path, text: str) -> None:

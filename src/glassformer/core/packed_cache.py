@@ -8,12 +8,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cache import Cache, Clock, Dense, Ring, Slot
+from .cache import Cache, Clock, Dense, Pick, Ring, Slot
 from .errors import CacheError
 
 FORMS = ("bfloat16", "int8")
@@ -52,9 +53,9 @@ class _Packed:
     def named(self) -> dict[str, Tensor]:
         return {name + "_scale" * i: part for name, parts in self.parts.items() for i, part in enumerate(parts)}
 
-    def picked(self, pick: Callable[[Tensor], Tensor]) -> _Packed:
+    def picked(self, pick: Pick, filled: int | None) -> _Packed:
         new = _Packed(self.form)
-        new.dtype, new.parts = self.dtype, {name: [pick(p) for p in parts] for name, parts in self.parts.items()}
+        new.dtype, new.parts = self.dtype, {name: [pick(p, filled) for p in parts] for name, parts in self.parts.items()}
         return new
 
     def read(self, name: str, end: int | None = None) -> Tensor | None:
@@ -99,8 +100,8 @@ class PackedDense(Dense):
     def tensors(self) -> dict[str, Tensor]:
         return self._packed.named()
 
-    def rearranged(self, clock: Clock, pick: Callable[[Tensor], Tensor]) -> Slot:
-        return PackedDense(clock, self.capacity, self._packed.picked(pick))
+    def rearranged(self, clock: Clock, pick: Pick) -> Slot:
+        return PackedDense(clock, self.capacity, self._packed.picked(pick, self._filled))
 
 
 class PackedRing(Ring):
@@ -127,17 +128,17 @@ class PackedRing(Ring):
         assert values is not None
         return keys, values
 
-    def _keep(self, pick: Tensor, k: Tensor, v: Tensor) -> None:
+    def _keep(self, to: Any, k: Tensor, v: Tensor) -> None:
         for name, x in (("keys", k), ("values", v)):
             for old, new in zip(self._packed.parts[name], pack(x, self._packed.form), strict=True):
-                old.copy_(torch.where(pick, new, old))
+                old.transpose(1, 2)[to] = new
 
     def tensors(self) -> dict[str, Tensor]:
         return {} if self._index is None else {**self._packed.named(), "index": self._index}
 
-    def rearranged(self, clock: Clock, pick: Callable[[Tensor], Tensor]) -> Slot:
-        new = PackedRing(clock, self.window, self.capacity - self.window, self._packed.picked(pick))
-        new._index = None if self._index is None else pick(self._index)
+    def rearranged(self, clock: Clock, pick: Pick) -> Slot:
+        new = PackedRing(clock, self.window, self.capacity - self.window, self._packed.picked(pick, None))
+        new._index = None if self._index is None else pick(self._index, None)
         return new
 
 

@@ -39,16 +39,18 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from glassformer.core import files
 from glassformer.core.errors import CacheError, InputError, SamplerError
 from glassformer.core.fields import hints
 
 from .combining import combine
-from .generate import Options, _checked, _read_sampler, _read_seed, _read_start, read_prompts
 from .named import Settings, eos_ids
+from .options import Options, _checked, _read_sampler, _read_seed, _read_start, read_prompts
 from .sampler import Passed
 from .session import Session, Source, _boundaries, position_limit
 
 ROOM, KEEP = 256, 8
+SUFFIXES = (".html", ".json", ".txt")
 TAKEN = ("tokenizer", "max_new_tokens", "sampler", "seed", "eos_id", "tap", "decoder_start")
 
 
@@ -225,11 +227,14 @@ class Branches:
         """The tree as plain data: per piece ``text``, ``ids``, ``logprobs``, ``ended``, and ``children``, the most probable first."""
         return self._nested([b for b in self.branches if b.ids], 0)
 
-    def save(self, file: str | Path) -> Path:
-        """Write the tree as ``.json`` (prompt, chain, seed, :meth:`nested`) or ``.txt`` (as it prints). Raises :class:`InputError` for another ending."""
-        path = Path(file)
-        if path.suffix not in (".json", ".txt"):
-            raise InputError(f"A tree is saved as .json or .txt, but {path.name!r} was given.")
+    def to_html(self) -> str:
+        """A page that needs nothing else, light or dark as the reader's system is: every piece of every path can be opened."""
+        from .branching_page import render
+
+        return render(self)
+
+    def to_json(self) -> str:
+        """Prompt, chain, seed and :meth:`nested` as JSON."""
         told = {
             "prompt": self._words((), self.prompt_ids),
             "prompt_ids": self.prompt_ids,
@@ -237,8 +242,15 @@ class Branches:
             "seed": self.seed,
             "tree": self.nested(),
         }
-        path.write_text(str(self) + "\n" if path.suffix == ".txt" else json.dumps(told, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        return path
+        return json.dumps(told, ensure_ascii=False, indent=1)
+
+    def save(self, file: str | Path) -> Path:
+        """Write the tree; the ending says as what: ``.html`` (a page), ``.json`` (:meth:`to_json`) or ``.txt`` (as it prints).
+
+        Raises :class:`InputError` with the remedy if it cannot.
+        """
+        path = files.check_place(file, "a tree", SUFFIXES, "tree.html")
+        return files.save(path, {".html": self.to_html, ".json": lambda: self.to_json() + "\n", ".txt": lambda: f"{self}\n"}[path.suffix.lower()]())
 
     # The tree
 

@@ -1,50 +1,11 @@
-"use strict";
-// One state, which token is open; everything below is drawn from it and from the data.
+// The trace. One state, which token is open; everything below is drawn from it and from the data.
 
-const D = JSON.parse(document.getElementById("data").textContent);
 const N = D.tokens.length, S = D.stages.length;
-const $ = (id) => document.getElementById(id);
 const LEFT = 0, BITS = 1, P = 2, RANK = 3, REMOVED = 4, MASS = 5;
-
-// Elements are made from parts and text only: nothing from the data is ever parsed as HTML.
-function el(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name === "class") node.className = value;
-    else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
-  }
-  node.append(...children);
-  return node;
-}
 const text = (id) => D.texts[id];
-const tok = (id) => el("bdi", { class: "tok" }, text(id));
-
-function percent(p) {
-  if (p === null || p === undefined) return "–";
-  if (p === 1) return "100%";
-  if (p >= 0.9995) return ">99.9%";
-  if (p >= 0.0995) return `${(100 * p).toFixed(1)}%`;
-  if (p >= 0.00095) return `${(100 * p).toFixed(2)}%`;
-  return p >= 1e-6 ? `${(100 * p).toFixed(4)}%` : "<0.0001%";
-}
-const count = (n) => n.toLocaleString("en");
+const token = (id) => tok(text(id));
 const bits = (x) => (x === null ? "–" : x.toFixed(2));
 const mean = (numbers) => { const known = numbers.filter((x) => x !== null); return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null; };
-
-// Colour: one hue, lightness alone carries the number (also for colour-blind readers).
-const STOPS = {
-  light: [[241, 245, 250], [196, 217, 238], [116, 172, 216], [40, 110, 178], [8, 42, 94]],
-  dark: [[30, 36, 45], [29, 62, 104], [38, 112, 168], [92, 176, 218], [214, 241, 252]],
-};
-const system = matchMedia("(prefers-color-scheme: dark)");
-const theme = () => document.documentElement.dataset.theme ?? (system.matches ? "dark" : "light");
-function paint(node, x) {
-  const stops = STOPS[theme()], at = Math.min(Math.max(x, 0), 1) * (stops.length - 1), a = Math.min(Math.floor(at), stops.length - 2);
-  const colour = stops[a].map((c, j) => Math.round(c + (stops[a + 1][j] - c) * (at - a)));
-  const luminance = colour.map((c) => ((c / 255 + 0.055) / 1.055) ** 2.4).reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-  node.style.backgroundColor = `rgb(${colour.join(" ")})`;
-  node.style.color = luminance > 0.179 ? "#0b1016" : "#ffffff";
-}
 
 // What shades the strip: a number for each token, how it is written, and how dark it is (0 to 1).
 const first = (t) => t.facts[0], last = (t) => t.facts[S - 2];
@@ -59,25 +20,12 @@ const SHADES = {
 };
 
 const state = { token: 0, by: "model" };
-function keep() {
-  const parts = [];
-  if (state.token) parts.push(`token=${state.token}`);
-  if (state.by !== "model") parts.push(`by=${state.by}`);
-  if (document.documentElement.dataset.theme) parts.push(`theme=${document.documentElement.dataset.theme}`);
-  history.replaceState(null, "", parts.length ? `#${parts.join("&")}` : location.pathname + location.search);
-}
+const keep = () => address({ token: state.token || null, by: state.by === "model" ? null : state.by });
 function recall() {
-  const asked = new URLSearchParams(location.hash.slice(1)), i = Number(asked.get("token") ?? 0);
+  const i = Number(asked().get("token") ?? 0);
   state.token = Number.isInteger(i) && i >= 0 && i < N ? i : 0;
-  state.by = Object.hasOwn(SHADES, asked.get("by")) ? asked.get("by") : "model";
+  state.by = Object.hasOwn(SHADES, asked().get("by")) ? asked().get("by") : "model";
   $("by").value = state.by;
-  setTheme(["light", "dark"].includes(asked.get("theme")) ? asked.get("theme") : undefined);
-}
-function setTheme(name) {
-  if (name) document.documentElement.dataset.theme = name;
-  else delete document.documentElement.dataset.theme;
-  $("theme").textContent = `Theme: ${name ?? "system"}`;
-  $("theme").setAttribute("aria-label", `Theme: ${name ?? "as the system has it"}; press to change`);
   draw();
 }
 function open(i) {
@@ -88,7 +36,7 @@ function open(i) {
 
 // The strip
 
-const chips = D.tokens.map((t, i) => el("button", { type: "button", class: "chip", tabindex: -1, title: `token ${i}, id ${t.id}` }, tok(t.id), el("small")));
+const chips = D.tokens.map((t, i) => el("button", { type: "button", class: "chip", tabindex: -1, title: `token ${i}, id ${t.id}` }, token(t.id), el("small")));
 $("chips").append(...chips);
 $("chips").addEventListener("click", (event) => { const i = chips.indexOf(event.target.closest(".chip")); if (i >= 0) open(i); });
 $("chips").addEventListener("keydown", (event) => {
@@ -129,21 +77,21 @@ function cell(p, before, lastStage, pick) {
 }
 function drawPanel() {
   const t = D.tokens[state.token], was = first(t), is = last(t);
-  $("panel-title").replaceChildren(tok(t.id), el("small", {}, `step ${t.step}${N > 1 ? ` (${D.tokens[0].step} to ${D.tokens[N - 1].step})` : ""}, id ${t.id}`));
+  $("panel-title").replaceChildren(token(t.id), el("small", {}, `step ${t.step}${N > 1 ? ` (${D.tokens[0].step} to ${D.tokens[N - 1].step})` : ""}, id ${t.id}`));
   $("before").disabled = state.token === 0;
   $("after").disabled = state.token === N - 1;
   const best = t.candidates[0];
   $("says").replaceChildren(
     `The model gave it ${percent(was[P])} (rank ${count(was[RANK])} of ${count(was[LEFT])}, ${bits(was[BITS])} bits); when it was picked it had ${percent(is[P])}, `,
     `with ${count(is[LEFT])} ${is[LEFT] === 1 ? "token" : "tokens"} left and ${bits(is[BITS])} bits.`,
-    ...(best[0] === t.id ? [] : [" The most probable by the model was ", tok(best[0]), ` (${percent(best[1])}).`]));
+    ...(best[0] === t.id ? [] : [" The most probable by the model was ", token(best[0]), ` (${percent(best[1])}).`]));
   const head = el("tr", {}, el("th", { scope: "col" }, "candidate"),
     ...D.stages.map((s, i) => {
       const inner = settings(s.link);
       return el("th", { scope: "col", title: s.link }, names[i], el("small", {}, inner.length > 22 ? `${inner.slice(0, 21)}…` : inner || "\u00a0"));
     }));
   const rows = t.candidates.map(([id, ...p]) =>
-    el("tr", { class: id === t.id ? "pick" : null }, el("th", { scope: "row", title: `${text(id)} (id ${id})` }, tok(id)), ...p.map((x, i) => cell(x, i ? p[i - 1] : null, i === S - 1, id === t.id))));
+    el("tr", { class: id === t.id ? "pick" : null }, el("th", { scope: "row", title: `${text(id)} (id ${id})` }, token(id)), ...p.map((x, i) => cell(x, i ? p[i - 1] : null, i === S - 1, id === t.id))));
   const line = (name, say) => el("tr", {}, el("th", { scope: "row" }, name), ...t.facts.map((f, i) => el("td", {}, i === S - 1 ? "" : say(f, i))));
   const facts = [
     line("tokens left", (f) => count(f[LEFT])),
@@ -157,7 +105,7 @@ function drawPanel() {
     if (!gone.length) return [];
     const more = t.facts[i][REMOVED] - gone.length;
     return [el("p", { class: "lost" }, el("b", {}, names[i]), " removed ",
-      ...gone.flatMap(([id, p]) => [el("span", {}, tok(id), ` ${percent(p)}`), " "]), more > 0 ? `and ${count(more)} more.` : "")];
+      ...gone.flatMap(([id, p]) => [el("span", {}, token(id), ` ${percent(p)}`), " "]), more > 0 ? `and ${count(more)} more.` : "")];
   }));
 }
 
@@ -179,20 +127,13 @@ function draw() {
   drawStrip();
   drawPanel();
 }
-$("theme").addEventListener("click", () => {
-  const order = [undefined, "light", "dark"];
-  setTheme(order[(order.indexOf(document.documentElement.dataset.theme) + 1) % 3]);
-  keep();
-});
-system.addEventListener("change", () => draw());
+onTheme.push(draw);
+onAddress.push(recall);
 $("by").addEventListener("change", () => { state.by = $("by").value; keep(); draw(); });
 $("before").addEventListener("click", () => open(state.token - 1));
 $("after").addEventListener("click", () => open(state.token + 1));
 $("chain").textContent = D.chain;
-if (D.prompt) {
-  $("prompt").hidden = false;
-  $("prompt-text").textContent = D.prompt;
-}
+quoted($("prompt"), "Prompt", D.prompt);
 if (N) drawLinks();
 else for (const section of document.querySelectorAll("section")) section.hidden = true;
 recall();

@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from glassformer.core import files
 from glassformer.core.errors import InputError
-from glassformer.core.fields import described
-from glassformer.core.files import replace, trouble
+from glassformer.core.page import printed
 
 from .sampler import Link
 
@@ -213,12 +213,7 @@ class Trace:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the trace; the ending says as what (.html, .json). Raises :class:`InputError` with the remedy if it cannot."""
         target = check_place(path)
-        try:
-            replace(target, self.to_html() if target.suffix.lower() == ".html" else self.to_json())
-        except OSError as error:
-            reason, todo = trouble(error)
-            raise InputError(f"{str(target)!r} cannot be written: {reason}. {todo}; what was there before is untouched.") from error
-        return target
+        return files.save(target, self.to_html() if target.suffix.lower() == ".html" else self.to_json())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         from .trace_table import trace_table
@@ -229,23 +224,12 @@ class Trace:
         return _printed(self)
 
     def _repr_html_(self) -> str:
-        from html import escape
-
-        return f'<pre style="line-height:1.3">{escape(str(self))}</pre>'
+        return printed(self)
 
 
-def check_place(path: str | os.PathLike[str], what: str = "a trace", example: str = "trace.html") -> Path:
-    """The file that a trace (or ``what`` it is) is to be written to. Raises :class:`InputError` if its ending says nothing, or its folder is not there."""
-    if not isinstance(path, str | os.PathLike):
-        raise InputError(f"{what[0].upper()}{what[1:]} is written to a file, but {described(type(path))} was given: name one, such as {example!r}.")
-    target = Path(path)
-    kind = target.suffix.lower()
-    if kind not in SUFFIXES:
-        ends = f"ends in {kind!r}" if kind else "is a folder" if target.is_dir() else "has no ending"
-        raise InputError(f"{target.name!r} {ends}, but the ending says how {what} is written: {' or '.join(SUFFIXES)}.")
-    if not target.parent.is_dir():
-        raise InputError(f"{str(target)!r} cannot be written: the folder {str(target.parent)!r} does not exist; create it or choose another.")
-    return target
+def check_place(path: str | os.PathLike[str]) -> Path:
+    """The file that a trace is to be written to. Raises :class:`InputError` if it cannot be."""
+    return files.check_place(path, "a trace", SUFFIXES, "trace.html")
 
 
 def read_trace(wanted: bool | int) -> int:

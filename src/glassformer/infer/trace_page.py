@@ -4,25 +4,22 @@
     trace.css    the looks
     trace.js     the strip of tokens, the opened token, what each link did over the whole text
 
-It asks the network for nothing, and its content security policy lets it ask for nothing. Numbers stand in it with four significant digits.
+Numbers stand in it with four significant digits.
 """
 
 from __future__ import annotations
 
-import re
-from importlib import resources
-from math import isfinite
 from typing import Any
 
-from glassformer.core.page import fill
-from glassformer.text.shown import shown
+from glassformer.core.page import scripted, short
+from glassformer.text.shown import shown, shown_text
 
 from .trace import Choice, Trace
 
 
 def render(trace: Trace) -> str:
     """The page."""
-    return fill(_file("trace.html"), "How each token was chosen", _file("trace.css"), _file("trace.js"), data(trace))
+    return scripted("How each token was chosen", data(trace), "glassformer.infer", "trace.html", "trace.css", "trace.js")
 
 
 def data(trace: Trace) -> dict[str, Any]:
@@ -39,31 +36,17 @@ def data(trace: Trace) -> dict[str, Any]:
         {
             "step": choice.step,
             "id": named(choice, choice.id),
-            "facts": [[s.left, _short(s.entropy), _short(s.p), s.rank, s.removed, _short(s.mass)] for s in choice.stages],
-            "candidates": [[named(choice, token), *map(_short, chances)] for token, chances in choice.followed_through],
-            "gone": [[[named(choice, c.id), _short(c.p)] for c in s.gone] for s in choice.stages[:-1]],
+            "facts": [[s.left, short(s.entropy), short(s.p), s.rank, s.removed, short(s.mass)] for s in choice.stages],
+            "candidates": [[named(choice, token), *map(short, chances)] for token, chances in choice.followed_through],
+            "gone": [[[named(choice, c.id), short(c.p)] for c in s.gone] for s in choice.stages[:-1]],
         }
         for choice in trace
     ]
     stages = trace[0].stages if len(trace) else ()
     return {
-        "prompt": None if trace.prompt is None else _readable(trace.prompt),
+        "prompt": None if trace.prompt is None else shown_text(trace.prompt),
         "chain": trace.chain,
         "stages": [{"name": s.name, "link": "before any link" if s.link is None else repr(s.link)} for s in stages],
         "tokens": tokens,
         "texts": {str(i): text for i, text in texts.items()},
     }
-
-
-def _readable(text: str) -> str:
-    """A text as it is read: spaces and line breaks stay, characters that would disturb the page are made visible."""
-    return "".join(shown(word) if word.strip(" \n") else word for word in re.split(r"([ \n]+)", text))
-
-
-def _short(x: float | None) -> float | None:
-    """Four significant digits; None for what JSON has no number for."""
-    return float(f"{x:.4g}") if x is not None and isfinite(x) else None
-
-
-def _file(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")

@@ -130,14 +130,10 @@ class Intervention:
         """Write one file: ``.json`` (readable, tensors as numbers) or ``.safetensors`` (tensors as they are). Raises :class:`InputError` if it cannot."""
         target = check_saved(path)
         plain = self.to_dict()
-        try:
-            if target.suffix == ".json":
-                files.replace(target, _pretty(plain))
-            else:
-                _save_tensors(target, plain, {f"edits.{i}.{e.TENSOR}": e.tensor for i, e in enumerate(self.edits) if e.tensor is not None})
-        except OSError as error:
-            reason, todo = files.trouble(error)
-            raise InputError(f"{str(target)!r} cannot be written: {reason}. {todo}.") from error
+        if target.suffix == ".json":
+            return files.save(target, _pretty(plain))
+        with files.saving(target):
+            _save_tensors(target, plain, {f"edits.{i}.{e.TENSOR}": e.tensor for i, e in enumerate(self.edits) if e.tensor is not None})
         return target
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from glassformer.core.page import seen
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -156,7 +158,7 @@ def colours(theme: Theme, signed: bool) -> Any:
 
 def plain_text(text: str) -> str:
     """A label as it is: matplotlib would set what stands between two dollar signs as a formula, and its font has no pictures of control characters."""
-    return re.sub("[\u2400-\u2421]", lambda m: f"‹{(ord(m[0]) - 0x2400):02X}›", text.replace("$", r"\$"))
+    return re.sub("[\u2400-\u2421]", lambda m: f"‹{(ord(m[0]) - 0x2400):02X}›", seen(text).replace("$", r"\$"))
 
 
 def mark(token: str) -> str:

@@ -145,13 +145,13 @@ function layPanel() {
   $("heads").classList.toggle("long", T > 32);
   if (!state.head) { map = null; panel.replaceChildren(); redraw(); return; }
   const [l, h] = state.head;
-  const button = (label, text, act) => { const b = el("button", { type: "button", class: "plain", "aria-label": label, title: label }, text); b.addEventListener("click", act); return b; };
+  const control = (label, text, act) => button({ class: "plain", "aria-label": label, title: label }, act, text);
   if (!panel.firstChild) {
     panel.append(
       el("div", { class: "panel-head" }, el("h3"),
-        button("Previous head", "←", () => walk(0, -1)), button("Next head", "→", () => walk(0, 1)),
-        button("Layer before", "↑", () => walk(-1, 0)), button("Layer after", "↓", () => walk(1, 0)),
-        button("Save this head's numbers as CSV", "CSV", saveCsv), button("Close", "✕", () => openHead(...state.head))),
+        control("Previous head", "←", () => walk(0, -1)), control("Next head", "→", () => walk(0, 1)),
+        control("Layer before", "↑", () => walk(-1, 0)), control("Layer after", "↓", () => walk(1, 0)),
+        control("Save this head's numbers as CSV", "CSV", saveCsv), control("Close", "✕", () => openHead(...state.head))),
       el("p", { class: "figures num" }),
       el("div", { class: "map-scroll", tabindex: 0, role: "group", "aria-label": "The pattern; queries down, keys across" }, el("canvas", { role: "img" })),
       el("p", { class: "read", "aria-live": "polite" }), el("div", { class: "bars" }));

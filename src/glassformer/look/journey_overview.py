@@ -5,34 +5,37 @@ The same numbers as those of the figure (``journey_picture``), written as HTML: 
 
 from __future__ import annotations
 
-import html
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from glassformer.core.page import escape
+
 from .journey_picture import MOST_TOKENS, additions, stations, steep, stream_lengths
 
 EXPECTED = 8
 """Tokens of the highest probability that are shown."""
+LEVELS = 50
+"""Steps of a colour and of a bar's length: a page has no styles but those of its style sheet, which its policy knows by their hash."""
 OVERVIEW = """
 section.overview { display: flex; flex-wrap: wrap; gap: 1.2rem 2.5rem; margin: 1rem 0; }
 section.overview > div { max-width: 100%; }
-section.overview table { font-size: .78rem; border-spacing: 0; }
-section.overview caption { text-align: left; font-weight: 600; padding-bottom: .3rem; white-space: nowrap; }
+section.overview table { font-size: .78rem; }
+section.overview caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
 section.overview th, section.overview td { border: 0; padding: .12em .4em; font-weight: 400; }
-table.stream td { min-width: 1.1em; text-align: center; border: 1px solid light-dark(#ffffff, #12151a);
-  background: rgb(from light-dark(#1f5a94, #6fb3ec) r g b / var(--a)); }
+table.stream td { min-width: 1.1em; text-align: center; border: 1px solid var(--bg); background: rgb(from var(--one) r g b / var(--a)); }
 table.stream td.s { color: light-dark(#ffffff, #12151a); }
 table.stream thead th { height: 5.5em; vertical-align: bottom; }
 table.stream thead span { writing-mode: vertical-rl; transform: rotate(180deg); max-height: 9em; overflow: hidden; }
 table.bars td:last-child { width: 13em; }
-table.bars i { display: block; height: .75em; min-width: 1px; background: light-dark(#1f5a94, #6fb3ec); }
-table.bars i.b { background: light-dark(#c2410c, #ff9d5c); }
-table.bars i.c { background: light-dark(#2f7d4f, #6fcf97); }
-"""
-_COLOURS = ("", " class=b", " class=c")
+table.bars i { display: block; height: .75em; min-width: 1px; background: var(--one); }
+table.bars i.b { background: var(--two); }
+table.bars i.c { background: var(--three); }
+""" + "\n".join(f"td.l{i} {{ --a: {i / LEVELS:g}; }} i.l{i} {{ width: {100 * i / LEVELS:g}%; }}" for i in range(LEVELS + 1))
+_COLOURS = "abc"
 
 
 def overview(journey: Any) -> str:
@@ -49,9 +52,9 @@ def _stream(journey: Any) -> str:
     low = float(colour.min()) if steep(shown) else 0.0
     share = ((colour - low) / max(float(colour.max()) - low, 1e-30)).clamp(0, 1)
     room = shown.shape[1] <= 14
-    head = "".join(f"<th><span>{html.escape(p)}</span></th>" for p in journey.pieces[first:])
+    head = "".join(f"<th><span>{escape(p)}</span></th>" for p in journey.pieces[first:])
     rows = "".join(
-        f"<tr><th>{html.escape(name)}</th>{''.join(_cell(n, a, room) for n, a in zip(row, parts, strict=True))}</tr>"
+        f"<tr><th>{escape(name)}</th>{''.join(_cell(n, a, room) for n, a in zip(row, parts, strict=True))}</tr>"
         for (name, _), row, parts in zip(stations(journey), shown.tolist(), share.tolist(), strict=True)
     )
     scale = ", the colour by its logarithm" if steep(shown) else ""
@@ -62,7 +65,12 @@ def _stream(journey: Any) -> str:
 
 def _cell(length: float, share: float, room: bool) -> str:
     said = f"{length:.0f}" if length >= 100 else f"{length:.3g}"
-    return f'<td{" class=s" if share > 0.55 else ""} style="--a:{share:.2f}" title="{said}">{said if room else ""}</td>'
+    return f'<td class="{_level(share)}{" s" if share > 0.55 else ""}" title="{said}">{said if room else ""}</td>'
+
+
+def _level(share: float) -> str:
+    """The class of a share between 0 and 1; 0 of what is no number."""
+    return f"l{round(LEVELS * min(max(share, 0.0), 1.0)) if math.isfinite(share) else 0}"
 
 
 def _added(journey: Any) -> str:
@@ -89,7 +97,6 @@ def _bars(caption: str, rows: Sequence[tuple[str, float, int]]) -> str:
         return ""
     top = max(float(torch.tensor([x for _, x, _ in rows]).max()), 1e-30)
     made = "".join(
-        f'<tr><th>{html.escape(name)}</th><td class="n">{x:.3g}</td><td><i{_COLOURS[kind]} style="width:{100 * x / top:.1f}%"></i></td></tr>'
-        for name, x, kind in rows
+        f'<tr><th>{escape(name)}</th><td class="n">{x:.3g}</td><td><i class="{_COLOURS[kind]} {_level(x / top)}"></i></td></tr>' for name, x, kind in rows
     )
-    return f'<div class="scroll"><table class="bars"><caption>{html.escape(caption)}</caption>{made}</table></div>'
+    return f'<div class="scroll"><table class="bars"><caption>{escape(caption)}</caption>{made}</table></div>'

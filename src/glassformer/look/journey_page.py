@@ -7,7 +7,6 @@ its neighbours; colour says the sign, strength the size, and what is hidden or z
 from __future__ import annotations
 
 import base64
-import html
 import struct
 import zlib
 from typing import Any
@@ -15,53 +14,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glassformer.core.page import escape, still
+
 from .journey_overview import OVERVIEW, overview
 from .journey_scene import Scene
-from .result import STYLE, written
+from .result import written
 
 TOKENS, COLUMNS = 24, 48
 MOST_PICTURES = 200
 """Pictures of one page; steps beyond have words only."""
 
 _STYLE = """
-h2 { font-size: 1.15rem; margin: 2rem 0 .3rem; border-bottom: 1px solid var(--line); }
+h2 { margin: 2rem 0 .3rem; border-bottom: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.4rem 0 .1rem; }
-h3 code { font-weight: 400; color: var(--dim); margin-left: .6em; overflow-wrap: anywhere; }
-p { margin: .25rem 0; max-width: 90ch; overflow-wrap: anywhere; }
-p.f { color: var(--dim); font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .86rem; }
-p.f b { color: light-dark(#1a2027, #e7eaee); font-weight: 500; }
+h3 code { font-weight: 400; color: var(--dim); margin-left: .6em; }
+td { white-space: pre; }
+p.f { color: var(--dim); font-family: var(--mono); font-size: .86rem; }
+p.f b { color: var(--ink); font-weight: 500; }
 figure { margin: .4rem 0; }
 figure img { image-rendering: pixelated; border: 1px solid var(--line); }
 figcaption { color: var(--dim); font-size: .8rem; }
-ol.text { display: flex; flex-wrap: wrap; gap: .3rem; list-style: none; padding: 0; }
-ol.text li { border: 1px solid var(--line); padding: 0 .4em; font-variant-numeric: tabular-nums; }
+ol.text { display: flex; flex-wrap: wrap; gap: .3rem; list-style: none; padding: 0; margin: .6rem 0; }
+ol.text li { border: 1px solid var(--line); border-radius: 5px; padding: 0 .4em; max-width: 100%; overflow-wrap: anywhere; }
 ol.text small { color: var(--dim); margin-left: .4em; }
 """
 
 
 def page_of(journey: Any) -> str:
     """The whole page."""
-    title = html.escape(journey.title)
-    body, left, chapter = [f"<h1>{title}</h1>", _text(journey), overview(journey)], MOST_PICTURES, None
+    body, left, chapter = [_text(journey), overview(journey)], MOST_PICTURES, None
     for step in journey.shown:
         named = _chapter(step, journey)
         if named != chapter:
             chapter = named
-            body.append(f"<h2>{html.escape(named)}</h2>")
+            body.append(f"<h2>{escape(named)}</h2>")
         shown, used = _shown(journey, step) if left else ("", 0)
         left -= used
         body.append(_article(step) + shown)
     if not left:
-        body.append(f'<p class="note">A page has {MOST_PICTURES} pictures at most; journey(…, layer=) shows one layer with all of its own.</p>')
-    return f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">\
-<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">\
-<title>{title}</title><style>{STYLE}{_STYLE}{OVERVIEW}</style></head><body>{"".join(body)}</body></html>\n'
+        body.append(f'<p class="fine">A page has {MOST_PICTURES} pictures at most; journey(…, layer=) shows one layer with all of its own.</p>')
+    return still(journey.title, "\n".join(body), _STYLE + OVERVIEW)
 
 
 def _text(journey: Any) -> str:
-    items = "".join(f"<li>{html.escape(p)}<small>{i}</small></li>" for p, i in zip(journey.pieces, journey.ids, strict=True))
-    source = "".join(f"<li>{html.escape(p)}<small>{i}</small></li>" for p, i in zip(journey.source_pieces, journey.source_ids, strict=True))
-    return (f'<p class="note">The encoder reads:</p><ol class="text">{source}</ol>' if source else "") + f'<ol class="text">{items}</ol>'
+    items = "".join(f"<li>{escape(p)}<small>{i}</small></li>" for p, i in zip(journey.pieces, journey.ids, strict=True))
+    source = "".join(f"<li>{escape(p)}<small>{i}</small></li>" for p, i in zip(journey.source_pieces, journey.source_ids, strict=True))
+    return (f'<p class="fine">The encoder reads:</p><ol class="text">{source}</ol>' if source else "") + f'<ol class="text">{items}</ol>'
 
 
 def _chapter(step: Any, journey: Any) -> str:
@@ -76,8 +74,8 @@ def _chapter(step: Any, journey: Any) -> str:
 def _article(step: Any) -> str:
     shape = " × ".join(map(str, step.shape)) or "one number"
     inputs = f"; from {', '.join(step.inputs)}" if step.inputs else ""
-    says = f'<p class="f"><b>{html.escape(step.formula)}</b><br>{html.escape(step.axes)} = {shape}{html.escape(inputs)}</p>'
-    return f"<h3>{html.escape(step.title)}<code>{html.escape(step.name)}</code></h3>{says}<p>{html.escape(step.meaning)}</p>"
+    says = f'<p class="f"><b>{escape(step.formula)}</b><br>{escape(step.axes)} = {shape}{escape(inputs)}</p>'
+    return f"<h3>{escape(step.title)}<code>{escape(step.name)}</code></h3>{says}<p>{escape(step.meaning)}</p>"
 
 
 def _shown(journey: Any, step: Any) -> tuple[str, int]:
@@ -92,7 +90,7 @@ def _shown(journey: Any, step: Any) -> tuple[str, int]:
     high, wide = values.shape
     scale = max(3, min(12, 360 // max(wide, 1)))
     source = "data:image/png;base64," + base64.b64encode(png(values)).decode()
-    return f'<figure><img alt="" width="{wide * scale}" height="{high * scale}" src="{source}"><figcaption>{html.escape(caption)}</figcaption></figure>', 1
+    return f'<figure><img alt="" width="{wide * scale}" height="{high * scale}" src="{source}"><figcaption>{escape(caption)}</figcaption></figure>', 1
 
 
 def picture_of(journey: Any, step: Any) -> tuple[Tensor, str] | None:
@@ -135,7 +133,7 @@ def _words(journey: Any, step: Any) -> str:
     x = journey.values(step.name, position=journey.position) if len(step.shape) == 2 else journey.values(step.name)
     best = [int(i) for i in x.argsort(descending=True, stable=True)[:6] if x[i] > -torch.inf]
     names = [f"class {i}" if step.kind == "classes" else journey._way.subject.piece(i) for i in best]
-    cells = "".join(f'<tr><td>{html.escape(n)}</td><td class="n">{written(float(x[i]))}</td></tr>' for n, i in zip(names, best, strict=True))
+    cells = "".join(f'<tr><td>{escape(n)}</td><td class="n">{written(float(x[i]))}</td></tr>' for n, i in zip(names, best, strict=True))
     return f'<div class="scroll"><table>{cells}</table></div>'
 
 

@@ -25,7 +25,7 @@ function layLens() {
 }
 function shadeLens() {
   const value = SHADES[state.shade][1];
-  lensCells.forEach((row, r) => row.forEach((td, t) => { const p = value(r, t); if (p === null) unpaint(td); else paint(td, p); }));
+  lensCells.forEach((row, r) => row.forEach((td, t) => { const p = value(r, t); if (p === null) unpaint(td); else paint(td, root(p)); }));
   legend($("lens-legend"), false);
 }
 function lensMove(r, t) {

@@ -5,12 +5,7 @@ $("norms-says").textContent = (D.norms.adds
   : "The bars are the lengths (Euclidean norms) of what attention and feed-forward return, the line is the length of the stream; in this model a norm or a factor stands between the two, so the stream does not grow by just these vectors. ") +
   "Lengths do not add up: two vectors can point against each other. The scale follows the token.";
 
-function svg(tag, attributes = {}, ...children) {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
+const svg = (tag, attributes = {}, ...children) => fit(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 // A round number at or above x.
 function above(x) {
   const power = 10 ** Math.floor(Math.log10(Math.max(x, 1e-12)));
@@ -46,7 +41,7 @@ drawers.push(function drawNorms() {
     ...stream.map((v, l) => svg("circle", { cx: point(l)[0], cy: point(l)[1], r: 3 }, svg("title", {}, `${l ? `after layer ${l - 1}` : "before layer 0"}: ${number(v)}`))));
   $("norms").replaceChildren(root);
   const cells = (...list) => list.map((v, i) => el(i ? "td" : "th", i ? {} : { scope: "row" }, typeof v === "string" ? v : number(v)));
-  $("norms-table").replaceChildren(el("table", {},
+  $("norms-table").replaceChildren(el("table", { class: "numbers" },
     el("caption", { class: "hidden" }, `Norms for token ${t}`),
     el("thead", {}, el("tr", {}, ...["layer", "stream before", "attention", "feed-forward", "stream after"].map((h) => el("th", { scope: "col" }, h)))),
     el("tbody", {}, ...attn.map((v, l) => el("tr", {}, ...cells(`${l}`, stream[l], v, ffn[l], stream[l + 1]))))));
@@ -57,6 +52,7 @@ addEventListener("resize", redraw);
 
 labelHeads();
 recall();
-if (WIDE.matches && !new URLSearchParams(location.hash.slice(1)).has("head")) state.head = sharpest(); // there is room beside the grid, and a reader sees what a click does
+if (WIDE.matches && !asked().has("head")) state.head = sharpest(); // there is room beside the grid, and a reader sees what a click does
 layPanel();
-addEventListener("hashchange", () => { recall(); layPanel(); });
+for (const change of onTheme) change();
+onAddress.push(() => { recall(); layPanel(); redraw(); });

@@ -1,26 +1,11 @@
-"use strict";
-// The page's own script. First the data and the one state, then a section for each part of the page:
-// tokens, heads, the enlarged head, lens, norms (in heads.js, lens.js, norms.js, which are joined to this file).
+// The inside. First the one state, then a section for each part of the page: tokens, heads, the enlarged head, lens, norms
+// (in heads.js, lens.js, norms.js, which are joined to this file).
 
-const D = JSON.parse(document.getElementById("data").textContent);
 const T = D.ids.length;
-const $ = (id) => document.getElementById(id);
 
 // What is chosen. The token under the pointer (or focus) goes before the pinned one; so does the lens row.
 const state = { head: null, pin: T - 1, hover: null, key: null, by: "row", depth: D.lens ? D.lens.rows.length - 1 : 0, hoverDepth: null, figure: "reads", shade: "top" };
 const token = () => state.hover ?? state.pin;
-
-// Elements are made from parts and text only: nothing from the data is ever parsed as HTML.
-function el(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name === "class") node.className = value;
-    else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
-  }
-  node.append(...children);
-  return node;
-}
-const tok = (text) => el("bdi", { class: "tok" }, text);
 const piece = (i) => tok(D.pieces[i]);
 
 // Three significant digits, as many as a half float holds.
@@ -85,29 +70,9 @@ function line(t) {
   return means.get(known);
 }
 
-// Colour: one hue, lightness alone carries the number (also for colour-blind readers); the square root of a weight is shaded,
-// so that small weights can be seen. Negative weights, which some normalisers give, are orange.
-const STOPS = {
-  light: [[[241, 245, 250], [196, 217, 238], [116, 172, 216], [40, 110, 178], [8, 42, 94]], [[255, 243, 230], [240, 160, 80], [150, 70, 0]]],
-  dark: [[[30, 36, 45], [29, 62, 104], [38, 112, 168], [92, 176, 218], [214, 241, 252]], [[44, 34, 26], [170, 92, 24], [255, 190, 120]]],
-};
-function ramp(stops) {
-  return Array.from({ length: 256 }, (_, i) => {
-    const x = (i / 255) * (stops.length - 1), a = Math.min(Math.floor(x), stops.length - 2);
-    return stops[a].map((c, j) => Math.round(c + (stops[a + 1][j] - c) * (x - a)));
-  });
-}
-const system = matchMedia("(prefers-color-scheme: dark)");
-const theme = () => document.documentElement.dataset.theme ?? (system.matches ? "dark" : "light");
-let ramps = STOPS[theme()].map(ramp);
-const rgb = (w) => ramps[w < 0 ? 1 : 0][Math.min(255, Math.round(Math.sqrt(Math.abs(w)) * 255))];
-function paint(node, w) {
-  const [r, g, b] = rgb(w);
-  const luminance = [r, g, b].map((c) => ((c / 255 + 0.055) / 1.055) ** 2.4).reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-  node.style.backgroundColor = `rgb(${r} ${g} ${b})`;
-  node.style.color = luminance > 0.179 ? "#0b1016" : "#ffffff";
-}
-const unpaint = (node) => { node.style.backgroundColor = ""; node.style.color = ""; };
+// The square root of a weight is shaded, so that small weights can be seen.
+const root = (w) => (w < 0 ? -Math.sqrt(-w) : Math.sqrt(w));
+const rgb = (w) => shade(root(w));
 function legend(node, zero) {
   const bar = el("canvas", { width: 150, height: 1, role: "img", "aria-label": "Colour scale from 0 to 1, shaded by the square root" });
   const c = bar.getContext("2d");
@@ -146,42 +111,20 @@ function pin(t) {
 // The address keeps what is open.
 const WIDE = matchMedia("(min-width: 1000px)");
 function keep() {
-  const parts = [];
-  if (state.head) parts.push(`head=${state.head.join(".")}`);
-  else if (WIDE.matches) parts.push("head=none"); // closed, where one is open at first
-  if (state.pin !== T - 1) parts.push(`token=${state.pin}`);
-  if (state.by !== "row") parts.push(`by=${state.by}`);
-  if (document.documentElement.dataset.theme) parts.push(`theme=${document.documentElement.dataset.theme}`);
-  history.replaceState(null, "", parts.length ? `#${parts.join("&")}` : location.pathname + location.search);
+  const closed = WIDE.matches ? "none" : null; // said where one is open at first
+  address({ head: state.head?.join(".") ?? closed, token: state.pin === T - 1 ? null : state.pin, by: state.by === "row" ? null : state.by });
 }
 function recall() {
-  const asked = new URLSearchParams(location.hash.slice(1));
-  const [l, h] = (asked.get("head") ?? "").split(".").map(Number);
+  const said = asked();
+  const [l, h] = (said.get("head") ?? "").split(".").map(Number);
   state.head = Number.isInteger(l) && Number.isInteger(h) && l >= 0 && h >= 0 && h < (D.patterns.heads[l] ?? 0) ? [l, h] : null;
-  const t = Number(asked.get("token") ?? T - 1);
+  const t = Number(said.get("token") ?? T - 1);
   state.pin = Number.isInteger(t) && t >= 0 && t < T ? t : T - 1;
-  state.by = asked.get("by") === "column" ? "column" : "row";
+  state.by = said.get("by") === "column" ? "column" : "row";
   for (const input of document.querySelectorAll("input[name=by]")) input.checked = input.value === state.by;
-  setTheme(["light", "dark"].includes(asked.get("theme")) ? asked.get("theme") : undefined);
 }
 
-// Theme: the system's, or the reader's own choice.
-const onTheme = [];
-function setTheme(name) {
-  if (name) document.documentElement.dataset.theme = name;
-  else delete document.documentElement.dataset.theme;
-  $("theme").textContent = `Theme: ${name ?? "system"}`;
-  $("theme").setAttribute("aria-label", `Theme: ${name ?? "as the system has it"}; press to change`);
-  ramps = STOPS[theme()].map(ramp);
-  for (const change of onTheme) change();
-  redraw();
-}
-$("theme").addEventListener("click", () => {
-  const order = [undefined, "light", "dark"];
-  setTheme(order[(order.indexOf(document.documentElement.dataset.theme) + 1) % 3]);
-  keep();
-});
-system.addEventListener("change", () => setTheme(document.documentElement.dataset.theme));
+onTheme.push(redraw);
 
 // Header
 
@@ -191,8 +134,7 @@ $("facts").textContent = [
   `${D.model.kind}, ${D.model.layers} ${D.model.layers === 1 ? "layer" : "layers"}`, `${ALL_HEADS} ${ALL_HEADS === 1 ? "head" : "heads"}`,
   `width ${D.model.d_model}`, `vocabulary ${D.model.vocab_size.toLocaleString("en")}`, `${size(D.model.parameters)} parameters`,
 ].join(" · ");
-$("text").textContent = D.text;
-$("text").title = D.text;
+quoted($("text"), "Text", D.text);
 if (D.lens && DECODER) {
   const last = D.lens.rows.length - 1;
   $("answer").append(el("span", { class: "label" }, "Next token, by the model"),
@@ -227,7 +169,7 @@ drawers.push(function drawTokens() {
     if (above < 0 || below > 0) box.scrollTop += above < 0 ? above - 3 : below + 3;
   }
   chips.forEach((chip, i) => {
-    if (Number.isNaN(row[i])) unpaint(chip); else paint(chip, row[i]);
+    if (Number.isNaN(row[i])) unpaint(chip); else paint(chip, root(row[i]));
     chip.lastChild.textContent = brief(row[i]);
     chip.classList.toggle("here", i === t);
     chip.classList.toggle("pinned", i === state.pin);

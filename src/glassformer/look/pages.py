@@ -1,22 +1,19 @@
 """One self-contained HTML page from one :class:`~glassformer.look.inside.Inside`.
 
-    page.html   the words and the places      {{style}} {{script}} {{data}} …
+    page.html   the words and the places
     page.css    the looks
-    page.js     the data and the one state, colours, the token strip
+    page.js     the one state and the token strip
     heads.js    the grid of heads and the enlarged head
     lens.js     the prediction by layer
     norms.js    what is added to the stream
 
-The page asks the network for nothing, and its content security policy lets it ask for nothing. Numbers travel as
-half floats (11 bits: three significant digits), so the page says what the model computed and not a picture of it.
+Patterns travel as half floats (11 bits: three significant digits), so the page says what the model computed and not a picture of it.
 """
 
 from __future__ import annotations
 
 import base64
 import os
-import re
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +22,16 @@ import numpy as np
 from glassformer.core.errors import InputError
 from glassformer.core.fields import described, typed
 from glassformer.core.files import replace, trouble
-from glassformer.core.page import fill
+from glassformer.core.page import scripted, short
 from glassformer.core.tap import Tap
-from glassformer.text.shown import shown
+from glassformer.text.shown import shown, shown_text
 
 from .inside import HEAD_FIGURES, Bools, Floats, Inside, gather
 
 MOST_BYTES = 96 * 2**20
 """Browsers open a page of this size within seconds; beyond it they become unreliable."""
 
-SCRIPTS = ("page.js", "heads.js", "lens.js", "norms.js")
+FILES = ("page.html", "page.css", "page.js", "heads.js", "lens.js", "norms.js")
 
 _SMALLEST = np.float16(2.0**-24)
 
@@ -66,7 +63,7 @@ def write_page(path: str | os.PathLike[str], model: Any, tokenizer: Any, text: s
 
 def render(inside: Inside) -> str:
     """The page for what :func:`gather` found (or for an :class:`Inside` made by hand)."""
-    return fill(_file("page.html"), f"Inside {shown_line(inside.card.name)}", _file("page.css"), "\n".join(map(_file, SCRIPTS)), data(inside))
+    return scripted(f"Inside {shown_line(inside.card.name)}", data(inside), "glassformer.look", *FILES)
 
 
 def data(inside: Inside) -> dict[str, Any]:
@@ -90,7 +87,7 @@ def data(inside: Inside) -> dict[str, Any]:
         "vocabulary": {str(i): piece for i, piece in inside.vocabulary.items()},
         "causal": inside.causal,
         "masks": any(bool(m.any()) for m in inside.masked),
-        "row_sums": [_number(low), _number(high)],
+        "row_sums": [short(low), short(high)],
         "patterns": {
             "packing": packing,
             "heads": [len(p) for p in inside.patterns],
@@ -142,11 +139,6 @@ def shown_line(text: str) -> str:
     return " ".join(shown(word) for word in text.split(" ") if word)
 
 
-def shown_text(text: str) -> str:
-    """A text as it is read: spaces and line breaks stay, characters that would disturb the page are made visible."""
-    return "".join(shown(word) if word.strip(" \n") else word for word in re.split(r"([ \n]+)", text))
-
-
 def _check_size(inside: Inside, packing: str) -> None:
     t, heads = len(inside.ids), sum(len(p) for p in inside.patterns)
     need = heads * (t * (t + 1) // 2 if packing == "lower" else t * t) * 2 * 4 // 3
@@ -158,14 +150,5 @@ def _check_size(inside: Inside, packing: str) -> None:
         )
 
 
-def _number(x: float) -> float | None:
-    """Four significant digits; None for what JSON has no number for."""
-    return float(f"{x:.4g}") if np.isfinite(x) else None
-
-
 def _numbers(x: Any) -> Any:
-    return [_numbers(row) for row in x] if np.ndim(x) else _number(float(x))
-
-
-def _file(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return [_numbers(row) for row in x] if np.ndim(x) else short(float(x))

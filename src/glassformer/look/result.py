@@ -17,7 +17,6 @@ from __future__ import annotations
 import base64
 import csv
 import dataclasses
-import html
 import io
 import json
 import math
@@ -31,9 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glassformer.core.errors import InputError
-from glassformer.core.fields import described
-from glassformer.core.files import replace, trouble
+from glassformer.core import files
+from glassformer.core.page import escape, still
 
 from .figure import Theme, new_figure
 
@@ -130,11 +128,7 @@ class Result:
 
     def to_html(self) -> str:
         """A page that needs nothing else: figure and table, light or dark as the reader's system is."""
-        title = html.escape(self.title)
-        body = f"<h1>{title}</h1>{_pictures(self)}{_table('', self.grid(), None)}"
-        return f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">\
-<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">\
-<title>{title}</title><style>{STYLE}</style></head><body>{body}</body></html>\n'
+        return still(self.title, f'<div class="scroll">{_pictures(self)}</div>{_table("", self.grid(), None)}', STYLE)
 
     def save(self, path: str | os.PathLike[str], dark: bool = False) -> Path:
         """Write the answer; the suffix says as what (.png .svg .pdf .html .json .csv). ``dark``: of a picture; a page follows its reader.
@@ -143,19 +137,15 @@ class Result:
         """
         target = check_place(path)
         kind = target.suffix.lower()
+        if kind not in (".png", ".svg", ".pdf"):
+            return files.save(target, {".html": self.to_html, ".json": self.to_json, ".csv": self._csv}[kind]())
+        draft = target.with_name(f".{target.stem}.draft{kind}")
         try:
-            if kind in (".png", ".svg", ".pdf"):
-                draft = target.with_name(f".{target.stem}.draft{kind}")
-                try:
-                    self.plot(dark).savefig(draft, dpi=150)
-                    draft.replace(target)
-                finally:
-                    draft.unlink(missing_ok=True)
-            else:
-                replace(target, {".html": self.to_html, ".json": self.to_json, ".csv": self._csv}[kind]())
-        except OSError as error:
-            reason, todo = trouble(error)
-            raise InputError(f"{str(target)!r} cannot be written: {reason}. {todo}; what was there before is untouched.") from error
+            with files.saving(target):
+                self.plot(dark).savefig(draft, dpi=150)
+                draft.replace(target)
+        finally:
+            draft.unlink(missing_ok=True)
         return target
 
     def _csv(self) -> str:
@@ -168,18 +158,8 @@ class Result:
 
 
 def check_place(path: str | os.PathLike[str]) -> Path:
-    """The file that an answer is to be written to. Raises :class:`InputError` if its ending says nothing, or its folder is not there."""
-    if not isinstance(path, str | os.PathLike):
-        raise InputError(f"An answer is written to a file, but {described(type(path))} was given: name one, such as 'answer.html'.")
-    target = Path(path)
-    kind = target.suffix.lower()
-    if target.is_dir():
-        raise InputError(f"{str(path)!r} cannot be written: it is a folder, and an answer is a file. Name one in it, such as {str(target / 'answer.html')!r}.")
-    if kind not in SUFFIXES:
-        raise InputError(f"{target.name!r} ends in {kind or 'nothing'!r}, but the ending says how an answer is written: one of {', '.join(SUFFIXES)}.")
-    if not target.parent.is_dir():
-        raise InputError(f"{str(target)!r} cannot be written: the folder {str(target.parent)!r} does not exist; create it or choose another.")
-    return target
+    """The file that an answer is to be written to. Raises :class:`InputError` if it cannot be."""
+    return files.check_place(path, "an answer", SUFFIXES, "answer.html")
 
 
 def written(cell: Cell) -> str:
@@ -218,17 +198,8 @@ def plain(value: Any) -> Any:
 
 
 STYLE = """
-:root { color-scheme: light dark; --line: light-dark(#d5dae1, #333b46); --dim: light-dark(#55606d, #a3adba);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
-  background: light-dark(#ffffff, #12151a); color: light-dark(#1a2027, #e7eaee); }
-body { margin: 0 auto; max-width: 1100px; padding: 1rem clamp(12px, 2.5vw, 32px) 3rem; }
-h1 { font-size: 1.3rem; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { padding: .2em .7em; border-bottom: 1px solid var(--line); text-align: left; white-space: pre; }
-td.n, th.n { text-align: right; }
-p.note { color: var(--dim); max-width: 78ch; }
-img { max-width: 100%; height: auto; }
+td { white-space: pre; }
+picture img { display: block; max-width: max(100%, 620px); margin-bottom: .6rem; }
 """
 
 
@@ -236,14 +207,14 @@ def _table(title: str, grid: Grid, most: int | None) -> str:
     numbers = [all(isinstance(r[i], int | float) or r[i] is None for r in grid.rows) for i in range(len(grid.columns))]
 
     def line(tag: str, cells: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}{' class=n' if n else ''}>{html.escape(c)}</{tag}>" for c, n in zip(cells, numbers, strict=True)) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}{' class=n' if n else ''}>{escape(c)}</{tag}>" for c, n in zip(cells, numbers, strict=True)) + "</tr>"
 
     shown = grid.rows if most is None else grid.rows[:most]
-    head = f"<p><b>{html.escape(title)}</b></p>" if title else ""
-    note = f'<p class="note">{html.escape(grid.note)}</p>' if grid.note else ""
-    more = f'<p class="note">and {len(grid.rows) - len(shown):,} more rows</p>' if len(shown) < len(grid.rows) else ""
+    head = f"<p><b>{escape(title)}</b></p>" if title else ""
+    note = f'<p class="fine">{escape(grid.note)}</p>' if grid.note else ""
+    more = f'<p class="fine">and {len(grid.rows) - len(shown):,} more rows</p>' if len(shown) < len(grid.rows) else ""
     body = "".join(line("td", [written(c) for c in row]) for row in shown)
-    return f'{head}<div class="scroll"><table>{line("th", grid.columns)}{body}</table></div>{more}{note}'
+    return f'{head}<div class="scroll"><table><thead>{line("th", grid.columns)}</thead><tbody>{body}</tbody></table></div>{more}{note}'
 
 
 def _pictures(result: Result) -> str:
@@ -253,5 +224,5 @@ def _pictures(result: Result) -> str:
         out = io.BytesIO()
         result.plot(dark).savefig(out, format="png", dpi=110)
         sources.append("data:image/png;base64," + base64.b64encode(out.getvalue()).decode())
-    alt = html.escape(result.title, quote=True)
+    alt = escape(result.title)
     return f'<picture><source media="(prefers-color-scheme: dark)" srcset="{sources[0]}"><img alt="{alt}" src="{sources[1]}"></picture>'

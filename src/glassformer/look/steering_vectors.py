@@ -169,11 +169,8 @@ class SteeringVector:
         target = check_saved(path)
         self._check_finite(target.name)
         plain = {"version": VERSION} | {name: getattr(self, name) for name in SAVED}
-        try:
+        with files.saving(target):
             tensor_files.write(target, {"vector": self.vector.detach().cpu().contiguous()}, KEY, plain)
-        except OSError as error:
-            reason, todo = files.trouble(error)
-            raise InputError(f"{str(target)!r} cannot be written: {reason}. {todo}.") from error
         return target
 
     @staticmethod

@@ -7,6 +7,7 @@ angle quotes: ``‹U+202E›``.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 _NAMED = {" ": "·", "\n": "⏎", "\r": "␍", "\t": "⇥", "\x7f": "␡"}
@@ -19,6 +20,11 @@ def shown(text: str) -> str:
         return "∅"
     whole = not any(_visible(c) for c in text)  # a joiner on its own would be an empty box
     return "".join(_character(c, alone=whole) for c in text)
+
+
+def shown_text(text: str) -> str:
+    """A text as it is read: spaces and line breaks stay, all other characters are as :func:`shown` has them."""
+    return "".join(shown(word) if word.strip(" \n") else word for word in re.split(r"([ \n]+)", text))
 
 
 def _visible(c: str) -> bool:

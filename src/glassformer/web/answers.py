@@ -8,6 +8,7 @@ Plan ──► tickets ──► queue of (which, token) ──► chunks ──
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 import math
 import secrets
@@ -30,12 +31,13 @@ from glassformer.infer.text import REPLACEMENT
 
 from .prepare import Plan
 from .problems import Problem, of_error
-from .served import Served
+from .served import LATE, Served
 
 LEAST = -9999.0
 """What OpenAI writes for the logarithm of nothing."""
 REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
-LATE = "The answer was not finished within {:g} seconds, the most that this server gives to one: ask for fewer tokens."
+ROWS = 256
+"""Positions of a prompt whose probabilities are worked out at once."""
 
 
 def encoded(value: Any) -> bytes:
@@ -48,20 +50,22 @@ async def answer(served: Served, plan: Plan, http: HTTPRequest) -> Response:
     reply = Reply(served, plan)
     if plan.most[0] == 0:
         return Response(encoded(await served.work(reply.scored)), media_type="application/json")
-    await asyncio.to_thread(reply.submit)
+    try:
+        await served.prepare(reply.submit)
+    except BaseException:
+        reply.leave()  # also what the thread still hands over
+        raise
     if plan.stream:
         return Stream(reply)
     left = asyncio.ensure_future(_gone(http))
-    done = asyncio.ensure_future(reply.finished())
+    done = asyncio.ensure_future(reply.made())
     try:
         await asyncio.wait({left, done}, timeout=served.limits.answer_seconds, return_when=asyncio.FIRST_COMPLETED)
         if left.done():
             raise Problem(499, "The client has gone.")
         if not done.done():
             raise Problem(504, LATE.format(served.limits.answer_seconds), code="timeout")
-        done.result()
-        reply.check()
-        return Response(encoded(await reply.whole()), media_type="application/json")
+        return Response(done.result(), media_type="application/json")
     finally:
         for task in (left, done):
             task.cancel()
@@ -100,7 +104,7 @@ class Reply:
         self.id = f"{'chatcmpl' if plan.chat else 'cmpl'}-{secrets.token_hex(12)}"
         self.created = int(time.time())
         self.tickets: list[Ticket] = []
-        self._counted: set[int] = set()
+        self._left = False
 
     # The engine's side
 
@@ -113,6 +117,9 @@ class Reply:
                     options = {**plan.options, "max_new_tokens": most, "seed": plan.seed, "tap": plan.wanted.tap()}
                     options = {k: v for k, v in options.items() if v is not None and v is not False and not (k == "logprobs" and v == 0)}
                     self.tickets.append(self.served.engine.submit(Request(prompt, user=plan.user, sample=i, **options)))
+                    self.tickets[-1].on_done(self._count)
+                    if self._left:
+                        return self.leave()
         except QueueFull as error:
             self.leave()
             raise Problem(429, str(error), code="queue_full", headers={"Retry-After": "1"}) from None
@@ -122,14 +129,22 @@ class Reply:
         except GlassformerError as error:
             self.leave()
             raise of_error(error, plan.params) from None
-        for ticket in self.tickets:
-            ticket.on_done(self._count)
+        except BaseException:
+            self.leave()
+            raise
 
     def leave(self) -> None:
-        """Give up what is not finished."""
+        """Give up what is not finished, and what is still to be submitted."""
+        self._left = True
         for ticket in self.tickets:
             if not ticket.done:
                 ticket.cancel()
+
+    async def made(self) -> bytes:
+        """The whole reply, once every answer has ended."""
+        await self.finished()
+        self.check()
+        return encoded(await self.whole())
 
     async def finished(self) -> None:
         """Waits until every ticket is done."""
@@ -157,7 +172,7 @@ class Reply:
         for i, choice in enumerate(choices):
             choice |= await self._extras(i)
         if self.plan.echo and self.plan.top is not None:
-            before = await self.served.work(lambda: [self._score(p) for p in self.plan.prompts])
+            before = await self.served.work(self._scores)
             for i, choice in enumerate(choices):
                 choice["logprobs"] = _joined(before[i // self.plan.n], choice["logprobs"], len(self.plan.texts[i // self.plan.n]))
         return self._about("") | {"choices": choices, "usage": self.usage()} | self._edited()
@@ -216,9 +231,8 @@ class Reply:
     async def events(self) -> AsyncIterator[bytes]:
         """The reply as server-sent events. A failure on the way is an event of its own, and then nothing follows."""
         try:
-            async with asyncio.timeout(self.served.limits.answer_seconds):
-                async for chunk in self._chunks():
-                    yield b"data: " + encoded(chunk) + b"\n\n"
+            async for chunk in self._chunks():
+                yield b"data: " + encoded(chunk) + b"\n\n"
             yield b"data: [DONE]\n\n"
         except TimeoutError:
             yield b"data: " + encoded(Problem(504, LATE.format(self.served.limits.answer_seconds), code="timeout").body()) + b"\n\n"
@@ -231,8 +245,6 @@ class Reply:
         plan, base = self.plan, self._about(".chunk")
         empty = {"usage": None} if plan.usage else {}
         writers = [(_ChatWriter if plan.chat else _TextWriter)(self, i) for i in range(len(self.tickets))]
-        if plan.echo and plan.top is not None:
-            raise Problem(400, "echo with logprobs cannot be streamed: leave one of echo, logprobs and stream out.", param="echo")
         for writer in writers:
             for choice in writer.begin():
                 yield base | {"choices": [choice]} | empty
@@ -258,9 +270,10 @@ class Reply:
         for i, ticket in enumerate(self.tickets):
             ticket.on_token(partial(put, i))
             ticket.on_done(partial(_tell, loop, partial(queue.put_nowait, (i, None))))
-        going = len(self.tickets)
+        going, until = len(self.tickets), loop.time() + self.served.limits.answer_seconds
         while going:
-            i, token = await queue.get()
+            async with asyncio.timeout_at(until):
+                i, token = await queue.get()
             going -= token is None
             yield i, token
 
@@ -297,34 +310,43 @@ class Reply:
             offset += len(token.text)
         return made
 
+    def _scores(self) -> list[dict[str, Any]]:
+        """``logprobs`` of every prompt, each worked out once however many answers it has."""
+        check, made = self.served.deadline(), []
+        for prompt in self.plan.prompts:
+            check()
+            made.append(self._score(prompt))
+        return made
+
     def _score(self, prompt: list[int]) -> dict[str, Any]:
         """``logprobs`` of a prompt's own tokens, from one pass over it; the first has none, since nothing predicts it."""
         model = self.served.model
-        if self.served.pair:
-            raise Problem(400, "The prompt of an encoder-decoder is read, not predicted, so echo has no logprobs of it: leave echo out.", param="echo")
         with torch.no_grad(), evaluating(model):
-            logprobs = model(torch.tensor([prompt], device=next(model.parameters()).device))[0].float().log_softmax(-1).cpu()
+            logits = model(torch.tensor([prompt], device=next(model.parameters()).device))[0]
         made: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         offset, top = 0, self.plan.top or 0
+        whole = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be split over tokens
         for i, token in enumerate(prompt):
             text = self.text_of(token)
             if i == 0:
                 _add(made, text, None, None, offset)
             else:
-                best = logprobs[i - 1].topk(min(top, logprobs.shape[1]))
+                if (i - 1) % ROWS == 0:
+                    logprobs = logits[i - 1 : i - 1 + ROWS].float().log_softmax(-1).cpu()
+                row = logprobs[(i - 1) % ROWS]
+                best = row.topk(min(top, len(row)))
                 named = {self.text_of(t): p for t, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)}
-                _add(made, text, float(logprobs[i - 1, token]), named if top else None, offset)
-            offset += len(self.served.tokenizer.decode([token])) if self.served.tokenizer is not None else 0
+                _add(made, text, float(row[token]), named if top else None, offset)
+            offset += len(whole.decode(self.served.tokenizer.decode_bytes([token]))) if self.served.tokenizer is not None else 0
         return made
 
     def scored(self) -> dict[str, Any]:
         """The reply to ``max_tokens=0`` with ``echo``: the prompts, and how probable they are."""
         plan = self.plan
-        choices = []
-        for i in range(len(plan.prompts) * plan.n):
-            prompt = plan.prompts[i // plan.n]
-            logprobs = None if plan.top is None else self._score(prompt)
-            choices.append({"index": i, "text": plan.texts[i // plan.n], "finish_reason": "length", "logprobs": logprobs})
+        scores = [None] * len(plan.prompts) if plan.top is None else self._scores()
+        choices = [
+            {"index": i, "text": plan.texts[i // plan.n], "finish_reason": "length", "logprobs": scores[i // plan.n]} for i in range(len(plan.prompts) * plan.n)
+        ]
         return self._about("") | {"choices": choices, "usage": self.usage()}
 
 

@@ -24,7 +24,7 @@ from starlette.responses import Response
 
 from glassformer import __version__
 from glassformer.core.errors import GlassformerError, InputError
-from glassformer.infer.generate import read_prompts
+from glassformer.infer.options import read_prompts
 
 from . import prepare, replies
 from .answers import answer, encoded
@@ -47,6 +47,8 @@ def create_app(served: Served, *, key: str | None = None, cors: Sequence[str] = 
     """
     if key is not None and not key.strip():
         raise InputError("The key is empty, and everybody has that: give a longer one, or none.")
+    if key is not None and key != key.strip():
+        raise InputError("The key begins or ends with a space or a line's end, which no header carries: leave that out.")
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -57,15 +59,22 @@ def create_app(served: Served, *, key: str | None = None, cors: Sequence[str] = 
         finally:
             if served.engine is not None:
                 await asyncio.to_thread(served.engine.stop, False)
-            served.worker.shutdown(wait=False, cancel_futures=True)
+            served.close()
 
     app = FastAPI(title="glassformer", version=__version__, docs_url=None, redoc_url=None, lifespan=life)
     app.state.served = served
     _routes(app, served)
     _errors(app)
+    allowed: Any = {"allow_origins": list(cors), "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
     if cors:
-        app.add_middleware(CORSMiddleware, allow_origins=list(cors), allow_methods=["GET", "POST"], allow_headers=["*"])
-    app.add_middleware(GateMiddleware, served=served, key=key, origins=cors, host=host, answer=refusal)
+        app.add_middleware(CORSMiddleware, **allowed)
+
+    def answer_of(problem: Problem) -> Any:
+        """A refusal at the gate, which stands outside: a page that may ask may read it too."""
+        told = refusal(problem)
+        return CORSMiddleware(told, **allowed) if cors and problem.code not in ("origin_not_allowed", "host_not_allowed") else told
+
+    app.add_middleware(GateMiddleware, served=served, key=key, origins=cors, host=host, answer=answer_of)
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]
     return app
 
@@ -86,13 +95,13 @@ def _routes(app: FastAPI, served: Served) -> None:
     async def completions(http: Request) -> Response:
         """A text is continued."""
         body = await read(http, CompletionRequest, served)
-        return await answer(served, await asyncio.to_thread(prepare.completion, served, body), http)
+        return await answer(served, await served.prepare(lambda: prepare.completion(served, body)), http)
 
     @app.post("/v1/chat/completions", responses=replies.of("ChatCompletion", *replies.USUAL), openapi_extra=_takes(ChatRequest))
     async def chat(http: Request) -> Response:
         """A conversation is answered."""
         body = await read(http, ChatRequest, served)
-        return await answer(served, await asyncio.to_thread(prepare.chat, served, body), http)
+        return await answer(served, await served.prepare(lambda: prepare.chat(served, body)), http)
 
     @app.post("/v1/embeddings", responses=replies.of("Embeddings", *replies.USUAL), openapi_extra=_takes(EmbeddingRequest))
     async def embeddings(http: Request) -> Response:
@@ -136,6 +145,14 @@ def _routes(app: FastAPI, served: Served) -> None:
 async def read(http: Request, kind: type[B], served: Served) -> B:
     """The body of a request. Raises a :class:`Problem` for one that is too large, too slow, no UTF-8, no JSON, or no such request."""
     limits = served.limits
+    sent = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if sent != "application/json" and not (sent.startswith("application/") and sent.endswith("+json")):
+        # A browser asks nobody before it sends another type from a foreign page.
+        raise Problem(
+            415,
+            f"The body was sent as {sent[:60] or 'nothing'!r}, and this server reads JSON: send the header 'Content-Type: application/json'.",
+            code="not_json",
+        )
     most, said = limits.body_bytes, http.headers.get("content-length", "")
     if said.isdigit() and int(said[:20]) > most:
         raise _too_large(int(said[:20]), most)
@@ -166,10 +183,10 @@ def _parsed(data: bytes, kind: type[B]) -> B:
         given = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Problem(400, f"The body is no JSON: {str(error)[:200] or type(error).__name__}.", code="invalid_json") from None
-    if not isinstance(given, dict):
-        raise Problem(400, f"The body is JSON, but no object: it is {json.dumps(given)[:60]}.", code="invalid_json")
     if _deeper(given):
         raise Problem(400, f"The body holds more than {DEEPEST} lists and objects within each other.", code="invalid_json")
+    if not isinstance(given, dict):
+        raise Problem(400, f"The body is JSON, but no object: it is {json.dumps(given)[:60]}.", code="invalid_json")
     try:
         return kind.model_validate(given)
     except ValidationError as error:
@@ -180,7 +197,7 @@ def _deeper(value: Any) -> bool:
     """Whether a value is nested more than DEEPEST deep; what is below would only be a burden to every step after."""
     level = [value]
     for _ in range(DEEPEST):
-        level = [x for v in level for x in (v.values() if isinstance(v, dict) else v) if isinstance(x, list | dict)]
+        level = [x for v in level if isinstance(v, list | dict) for x in (v.values() if isinstance(v, dict) else v) if isinstance(x, list | dict)]
         if not level:
             return False
     return True
@@ -223,7 +240,7 @@ async def _embeddings(served: Served, body: EmbeddingRequest) -> Response:
     if body.dimensions not in (None, d):
         raise Problem(400, f"dimensions is {body.dimensions}, and the vectors of this model have {d}: leave it out.", param="dimensions")
     try:
-        found = await served.work(lambda: vectors(served.model, rows))
+        found = await served.work(lambda: vectors(served.model, rows, served.deadline()))
     except GlassformerError as error:
         raise of_error(error, ("input",)) from None
 

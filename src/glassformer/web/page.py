@@ -2,17 +2,16 @@
 
     page.html   the words and the places        page.css   the looks        page.js   the examples, and a button to copy each
 
-It is one file, light or dark as the reader's system is, and asks the network for nothing.
+It is one file and asks the network for nothing (``core/page``).
 """
 
 from __future__ import annotations
 
 import json
 import shlex
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from glassformer.core.page import fill
+from glassformer.core.page import scripted
 
 if TYPE_CHECKING:
     from .served import Served
@@ -22,7 +21,8 @@ KEY = "$GLASSFORMER_API_KEY"
 
 def page(served: Served, base: str) -> str:
     """The page of a server that is reached at ``base``."""
-    return fill(_file("page.html"), f"{served.name}, served by glassformer", _file("page.css"), _file("page.js"), data(served, base.rstrip("/")))
+    files = ("page.html", "page.css", "page.js")
+    return scripted(f"{served.name}, served by glassformer", data(served, base.rstrip("/")), "glassformer.web", *files)
 
 
 def data(served: Served, base: str) -> dict[str, Any]:
@@ -97,7 +97,3 @@ def _paths(served: Served) -> list[list[str]]:
         *([["POST /detokenize", "the text of ids"], ["GET /health", "ok, or draining"], ["GET /metrics", "for Prometheus"]]),
         ["GET /openapi.json", "all of it, described for programs"],
     ]
-
-
-def _file(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")

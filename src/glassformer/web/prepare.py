@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from glassformer.core.errors import GlassformerError
 from glassformer.infer.constrain import ToolForm
-from glassformer.infer.generate import read_prompts
+from glassformer.infer.options import read_prompts
 
 from . import inside
 from .problems import Problem, of_error
@@ -60,6 +60,10 @@ def completion(served: Served, body: CompletionRequest) -> Plan:
     most = USUAL_NEW_TOKENS if body.max_tokens is None else body.max_tokens
     if most == 0 and not body.echo:
         raise Problem(400, "max_tokens is 0, so there is nothing to answer: ask for at least 1, or for echo with the prompt's logprobs.", param="max_tokens")
+    if body.echo and body.stream and (body.logprobs is not None or most == 0):
+        raise Problem(400, "echo with logprobs, or without new tokens, cannot be streamed: leave echo or stream out.", param="echo")
+    if body.echo and body.logprobs is not None and served.pair:
+        raise Problem(400, "The prompt of an encoder-decoder is read, not predicted, so echo has no logprobs of it: leave echo out.", param="echo")
     return _plan(served, body, False, prompts, texts, [most] * len(prompts), body.logprobs, echo=bool(body.echo))
 
 

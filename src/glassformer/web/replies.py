@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-USUAL = (400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
+USUAL = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
 """What any request with a body may be answered by, beside 200."""
 
 TEXT, WHOLE, NUMBER = {"type": "string"}, {"type": "integer"}, {"type": "number"}

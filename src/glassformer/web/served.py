@@ -21,6 +21,7 @@ from .metrics import Metrics
 from .problems import Problem
 
 T = TypeVar("T")
+LATE = "The answer was not finished within {:g} seconds, the most that this server gives to one: ask for less."
 FILTERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
 ON_TOKENS = ("repetition_penalty", "no_repeat_ngram_size", "forced_bos_token_id", "forced_eos_token_id")
 MOST_READ = 32_768
@@ -54,7 +55,8 @@ class Served:
         self.anatomy = Anatomy(self.model)
         self.metrics = Metrics(self)
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="glassformer-web")
-        self._waiting = 0
+        self.readers = ThreadPoolExecutor(2, thread_name_prefix="glassformer-read")  # prompts and schemas, which may take long
+        self._waiting, self._closed = 0, False
         said = f"{__version__} {self.name} {getattr(self.model, 'spec', None)!r}"
         self.fingerprint = f"gf-{hashlib.blake2b(said.encode(), digest_size=5).hexdigest()}"
         self.standing = standing(self.loaded.extra.get("generation", {}))
@@ -104,9 +106,38 @@ class Served:
             raise Problem(429, f"{self._waiting} pieces of work wait, and no more than {MOST_WAITING} may: try again later.", headers={"Retry-After": "1"})
         self._waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.worker, job)
+            return await self._within(self.worker, job)
         finally:
             self._waiting -= 1
+
+    async def prepare(self, job: Callable[[], T]) -> T:
+        """Read a request in a thread kept for that. Raises a :class:`Problem` where its time is over."""
+        return await self._within(self.readers, job)
+
+    async def _within(self, pool: ThreadPoolExecutor, job: Callable[[], T]) -> T:
+        try:
+            async with asyncio.timeout(self.limits.answer_seconds):
+                return await asyncio.get_running_loop().run_in_executor(pool, job)
+        except TimeoutError:
+            raise Problem(504, LATE.format(self.limits.answer_seconds), code="timeout") from None
+
+    def deadline(self) -> Callable[[], None]:
+        """What a long piece of work calls now and then: it raises a :class:`Problem` once the time of an answer is over, or the server has ended."""
+        until = time.monotonic() + self.limits.answer_seconds
+
+        def check() -> None:
+            if self._closed:
+                raise Problem(503, "The server is stopping, and this answer was not finished in time: ask again.", headers={"Retry-After": "5"})
+            if time.monotonic() > until:
+                raise Problem(504, LATE.format(self.limits.answer_seconds), code="timeout")
+
+        return check
+
+    def close(self) -> None:
+        """What waits is given up, and what runs ends at its next check."""
+        self._closed = True
+        for pool in (self.worker, self.readers):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def standing(generation: Any) -> dict[str, Any]:

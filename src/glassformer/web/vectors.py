@@ -6,7 +6,7 @@ over the text, of an encoder-decoder that of its encoder's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +20,13 @@ BATCH_TOKENS = 8192
 """Tokens that are read at once, padding included."""
 
 
-def vectors(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
-    """``[n d]`` in float32; rows of like length are read together."""
+def vectors(model: Any, rows: Sequence[Sequence[int]], check: Callable[[], None] = lambda: None) -> Tensor:
+    """``[n d]`` in float32; rows of like length are read together. ``check`` is called before each pass, and may raise."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     found: list[Tensor] = [torch.empty(0)] * len(rows)
     at = 0
     while at < len(order):
+        check()
         end = at + 1
         while end < len(order) and (end + 1 - at) * len(rows[order[end]]) <= BATCH_TOKENS:
             end += 1

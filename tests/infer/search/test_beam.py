@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import glassformer as gf
+from glassformer.core.cache import Cache
 from glassformer.core.errors import InputError, SamplerError
 from glassformer.core.tap import Record
 from glassformer.infer import BeamSearch, Draw, Final, Greedy, Session, generate, stream
@@ -29,6 +30,9 @@ KINDS |= {"window": loud(decoder("window").build(seed=0)), "alibi": loud(decoder
 LATENT = LatentAttention(4, kv_lora_rank=8, d_nope=8, d_rope=4, d_value=8)
 KINDS["latent"] = loud(gf.Decoder(31, 32, (gf.Block(LATENT, Gated(24), gf.RMSNorm()),) * 2).build(seed=0))
 T5 = zoo.model("t5")
+LONG = gf.LongRope(short=(1.0, 1.0, 1.2, 1.4), long=(1.5, 3.0, 4.0, 5.0), factor=2.0, original_context=13)
+"""From the fifth new token of the longest prompt on, all rows are read anew."""
+GROWN = loud(gf.Decoder(31, 32, (gf.Block(gf.Attention(4, position=gf.Rotary(scaling=LONG)), Plain(16), gf.RMSNorm()),) * 2).build(seed=0))
 
 
 def tiny(v: int = 4, seed: int = 0) -> Any:
@@ -395,3 +399,24 @@ def test_the_parts_can_be_used_alone():
     found = BeamRun(session, BeamSearch(3), Endings(frozenset({4}), 4), Phrases([[(9,)]]), record=True).run()
     assert all(9 in [n.token for n in best.path()] for one in found for best in one.best)
     assert all(one.nodes for one in found)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "t5", "longrope"])
+@pytest.mark.parametrize("options", [{"num_beams": 4}, {"num_beams": 6, "num_beam_groups": 3, "diversity_penalty": 0.7}], ids=["one", "groups"])
+def test_rows_that_are_moved_in_place_change_no_bit(kind, options, monkeypatch):
+    model = {"t5": T5, "longrope": GROWN, **KINDS}[kind]
+    asked: dict[str, Any] = {"max_new_tokens": 12, "eos_id": (4, 17), "logprobs": 2, **options}
+    moved: list[bool] = []
+    reorder = Cache.reorder
+
+    def watched(cache: Cache, rows: Any, shared: Any = None) -> Cache:
+        made = reorder(cache, rows, shared)
+        moved.append(made is cache and max(shared) > 1)
+        return made
+
+    monkeypatch.setattr(Cache, "reorder", watched)
+    quick = generate(model, PROMPTS, **asked)
+    assert any(moved)
+    monkeypatch.setattr(Cache, "reorder", lambda cache, rows, shared=None: cache.select(rows))
+    for a, b in zip(quick, generate(model, PROMPTS, **asked), strict=True):
+        assert [(x.ids, x.score, x.logprobs, x.top) for x in a.beams] == [(x.ids, x.score, x.logprobs, x.top) for x in b.beams]

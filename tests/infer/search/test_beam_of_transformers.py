@@ -47,6 +47,8 @@ CASES: list[dict[str, Any]] = [
     {"num_beams": 4, "early_stopping": "never", "length_penalty": 0.0},
     {"num_beams": 6, "num_return_sequences": 2, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
     {"num_beams": 1, "num_return_sequences": 1},
+    {"num_beams": 70, "num_return_sequences": 12, "length_penalty": 3.0, "early_stopping": "never"},  # more than there are tokens
+    {"num_beams": 7, "length_penalty": -2.0, "early_stopping": "never", "min_new_tokens": 3},
 ]
 
 
@@ -109,14 +111,18 @@ def test_ragged_sources_are_masked_as_theirs(pairs, name):
         assert one.score == pytest.approx(theirs.sequences_scores[i].item(), abs=1e-5, rel=1e-6)
 
 
-def test_a_prompt_padded_on_the_left_is_ours_without_padding(pairs):
+@pytest.mark.parametrize("eos", [None, 17, [5, 17, 30, 44]], ids=["none", "one", "four"])
+@pytest.mark.parametrize("early", [True, False, "never"])
+def test_a_prompt_padded_on_the_left_is_ours_without_padding(pairs, eos, early):
     ours, reference = pairs["gpt2"]
     prompts = [[7, 9, 30, 4, 5, 12], [40, 6], [3, 8, 21, 33]]
     padded = torch.tensor([[0] * (6 - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (6 - len(p)) + [1] * len(p) for p in prompts])
-    theirs = reference.generate(padded, attention_mask=mask, num_beams=4, max_new_tokens=N, pad_token_id=0, return_dict_in_generate=True, output_scores=True)
-    for i, one in enumerate(generate(ours, prompts, num_beams=4, max_new_tokens=N, eos_id=())):
-        assert one.ids == theirs.sequences[i, 6:].tolist()
+    options = {"num_beams": 4, "length_penalty": 1.5, "early_stopping": early, "max_new_tokens": N}
+    theirs = reference.generate(padded, attention_mask=mask, **options, eos_token_id=eos, pad_token_id=0, return_dict_in_generate=True, output_scores=True)
+    for i, one in enumerate(generate(ours, prompts, **options, eos_id=() if eos is None else eos)):
+        want = theirs.sequences[i, 6:].tolist()
+        assert one.ids == want[: len(one.ids)] and not any(want[len(one.ids) :])
         assert one.score == pytest.approx(theirs.sequences_scores[i].item(), abs=1e-5, rel=1e-6)
 
 

@@ -59,13 +59,13 @@ def test_every_option_reaches_the_search(run, tmp_path):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--length-penalty", "0.5"], "give num_beams=4 too"),
+        (["--length-penalty", "0.5"], "give --num-beams 4 too"),
         (["--num-beams", "2", "--coverage-penalty", "0.5"], "it is for encoder-decoders"),
         (["--num-beams", "2", "--beam-tree", "t.txt"], "how a beam tree is written"),
-        (["--num-beams", "2", "--trace", "-"], "beam_tree=True"),
+        (["--num-beams", "2", "--trace", "-"], "there is --beam-tree."),
         (["--num-beams", "2", "--logprobs", "3"], "--beam-tree -"),
         (["--num-beams", "2", "--early-stopping", "perhaps"], "none of yes, no, never"),
-        (["--num-beams", "2", "--force-word", "a cab a cab a cab"], "max_new_tokens is 8"),
+        (["--num-beams", "2", "--force-word", "a cab a cab a cab"], "-n is 8"),
     ],
 )
 def test_what_does_not_go_is_one_sentence(run, args, says):

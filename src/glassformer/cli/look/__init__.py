@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from ...core.errors import InputError, did_you_mean
+from ..shorts import Command
 from . import (
     ablate,
     activations,
@@ -100,5 +101,5 @@ COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (  # in the order o
     ("forecast", forecast.forecast, "How much memory a recording will take."),
 )
 for _name, _run, _short in COMMANDS:
-    app.command(_name, short_help=_short)(_run)
+    app.command(_name, short_help=_short, cls=Command)(_run)
 app.add_typer(embeddings.app, name="embeddings", short_help="Which words lie near which.")

@@ -17,7 +17,6 @@ def ablate(
         list[str] | None,
         typer.Option(
             "--what",
-            "-w",
             metavar="PART",
             help="'5.1' (a head), 'ffn 3.412' (a unit), 'attn 3', 'ffn 3', 'block 3', 'position 4'. Repeatable. By default every head.",
         ),

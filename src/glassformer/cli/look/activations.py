@@ -25,8 +25,13 @@ def activations(
     device: Device = None,
 ) -> None:
     """Write the values at sites for every token of a text, as safetensors shards with an index."""
-    from ...look.corpus import activations as write
+    from ...core.errors import InputError
+    from ...look.corpus import activations as write, read_activations
 
+    try:
+        before = read_activations(out)
+    except InputError:
+        before = None
     loaded = open_loaded(model, device, dtype)
     made = write(loaded, text, site, out, batch=batch, context=context, dtype=as_type, most=most, budget=bytes_of(budget))
-    print(f"{made!r}: {', '.join(made.sites)}")
+    print(f"{'all of it was there already: ' if before is not None else ''}{made!r}: {', '.join(made.sites)}")

@@ -49,7 +49,7 @@ Source = Annotated[str | None, typer.Option("--source", metavar="TEXT", help="Wh
 Position = Annotated[str | None, typer.Option("--position", metavar="N_OR_WORD", help="A position, counted from 0 (-1 is the last), or a word of the text.")]
 Target = Annotated[
     list[str] | None,
-    typer.Option("--target", "-t", metavar="TOKEN", help="The token that is asked about; twice for the difference of two. By default the model's own choice."),
+    typer.Option("--target", metavar="TOKEN", help="The token that is asked about; twice for the difference of two. By default the model's own choice."),
 ]
 Edits = Annotated[Path | None, typer.Option("--edits", metavar="FILE", help="Edits that hold meanwhile: a .json or .safetensors of Intervention.save.")]
 

@@ -41,14 +41,9 @@ def sampling(
     edits: Edits = None,
 ) -> None:
     """Show what each link of a sampler leaves of the next token's distribution; with nothing said, of the sampler that generate uses."""
+    given = options.given(locals())
     from ...look.sampled import sampling as ask
 
-    given = (
-        {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical_p, "top_n_sigma": top_n_sigma}
-        | {"xtc_probability": xtc_probability, "xtc_threshold": xtc_threshold, "mirostat": mirostat, "repetition_penalty": repetition_penalty}
-        | {"frequency_penalty": frequency_penalty, "presence_penalty": presence_penalty, "dry_multiplier": dry_multiplier, "bad_words": bad_word}
-        | {"no_repeat_ngram_size": no_repeat_ngram_size, "order": order}
-    )
     loaded = open_loaded(model, device, dtype)
     said = options.only_said(given, more)
     chosen = said or options.settings(getattr(loaded, "extra", {}).get("generation", {}), {})

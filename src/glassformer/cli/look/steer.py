@@ -18,7 +18,7 @@ def steer(
     text: Annotated[str, typer.Argument(help="The text to continue.")],
     model: Model,
     positive: Annotated[list[str] | None, typer.Option("--positive", "-p", metavar="TEXT", help="A text to steer towards. Repeatable.")] = None,
-    negative: Annotated[list[str] | None, typer.Option("--negative", "-n", metavar="TEXT", help="A text to steer away from. Repeatable.")] = None,
+    negative: Annotated[list[str] | None, typer.Option("--negative", metavar="TEXT", help="A text to steer away from. Repeatable.")] = None,
     layer: Annotated[int | None, typer.Option("--layer", "-l", help="The block that the changed stream enters.")] = None,
     vector: Annotated[
         Path | None, typer.Option("--vector", metavar="FILE", help="A saved vector (.safetensors), in place of --positive, --negative and --layer.")
@@ -31,7 +31,7 @@ def steer(
         ),
     ] = None,
     strength: Annotated[
-        list[float] | None, typer.Option("--strength", "-s", help="How many times the difference is added. Repeatable; by default 1, 2 and 4.")
+        list[float] | None, typer.Option("--strength", help="How many times the difference is added. Repeatable; by default 1, 2 and 4.")
     ] = None,
     start: Annotated[
         int | None, typer.Option("--from", metavar="N", help="Add it from this position on, counted from 0 in the whole row; by default everywhere.")

@@ -81,7 +81,8 @@ class Constrained(Link):
                 raise SamplerError(f"The {what} cannot be used: {str(error).rstrip('.')}.") from None
             matchers = None
         if matchers is None or not (matchers.root.may_end or matchers.finishable()):
-            lacks = vocabulary.lacks('{}[]":,0123456789_.-+abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ')
+            texts = getattr(self.rule, "texts", ())  # of a choice, which says itself what it is made of
+            lacks = vocabulary.lacks("".join(dict.fromkeys("".join(texts))) or '{}[]":,0123456789_.-+abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ')
             why = f"The vocabulary has no {' '.join(lacks[:24])}" if lacks else "Nothing meets it, or the vocabulary lacks a character of it"
             if all(word.startswith(b" ") for word in vocabulary.words if word):
                 why += " (its tokens are words that begin with their space, and so has the text to)"

@@ -11,9 +11,10 @@ import json
 import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
+from functools import reduce
 from typing import Any, ClassVar, cast
 
-from glassformer.core.errors import GlassformerError, SamplerError
+from glassformer.core.errors import GlassformerError, SamplerError, did_you_mean
 from glassformer.core.fields import described
 from glassformer.core.spec import Spec, part
 
@@ -21,6 +22,8 @@ from .vocabulary import Vocabulary
 
 WHITESPACE = r" |\n {0,24}"
 """Between the signs of JSON: nothing, one space, or a line feed with up to 24 spaces. Unbounded space would let a model go on with it for ever."""
+TYPES = ("string", "number", "integer", "boolean", "null", "array", "object")
+_PARTS = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "anyOf", "oneOf", "allOf", "prefixItems")
 _HEADER = re.compile(r"^\s*%llguidance\s*(\{.*?\})\s*$", re.MULTILINE)
 
 
@@ -66,9 +69,32 @@ class JSONSchema(TextRule):
 
 
 def embedded(schema: dict[str, Any], whitespace: str = WHITESPACE) -> str:
-    """A schema as a part of a Lark rule."""
+    """A schema as a part of a Lark rule. Raises :class:`SamplerError` for a type that there is none of, with its place in the schema."""
+    _check_types(schema)
     spaces: dict[str, Any] = {"whitespace_pattern": whitespace} if whitespace else {"whitespace_flexible": False}
     return "%json " + json.dumps(schema | {"x-guidance": spaces | schema.get("x-guidance", {})}, ensure_ascii=False)
+
+
+def _check_types(schema: dict[str, Any]) -> None:
+    """What the schema reaches is looked at; a definition that nothing refers to may say anything."""
+    left: list[tuple[Any, tuple[str, ...]]] = [(schema, ())]
+    seen: set[str] = set()
+    while left:
+        node, path = left.pop()
+        if isinstance(node, list):
+            left += [(part, (*path, str(i))) for i, part in enumerate(node)]
+        if not isinstance(node, dict):
+            continue
+        for kind in node["type"] if isinstance(node.get("type"), list) else [node["type"]] if "type" in node else []:
+            if kind not in TYPES:
+                raise SamplerError(f"{'.'.join((*path, 'type'))} is {kind!r}.{did_you_mean(kind, TYPES)} Known: {', '.join(TYPES)}")
+        left += [(node[name], (*path, name)) for name in _PARTS if name in node]
+        named = [(name, node[name]) for name in ("properties", "patternProperties") if isinstance(node.get(name), dict)]
+        left += [(value, (*path, name, key)) for name, values in named for key, value in values.items()]
+        if isinstance(ref := node.get("$ref"), str) and ref.startswith("#/") and ref not in seen:
+            seen.add(ref)
+            place = tuple(ref[2:].split("/"))
+            left.append((reduce(lambda at, key: at.get(key) if isinstance(at, dict) else None, place, cast(Any, schema)), place))
 
 
 def _schema(given: Any) -> dict[str, Any]:

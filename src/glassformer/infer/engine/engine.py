@@ -28,7 +28,8 @@ from glassformer.core.errors import Cancelled, EngineError, InputError, QueueFul
 from glassformer.core.modes import deterministic as in_mode, evaluating
 from glassformer.core.packed_cache import FORMS
 
-from ..generate import Generated, Options, Prompt, read_prompts
+from ..generate import Generated
+from ..options import Options, Prompt, read_prompts
 from ..session import COMPILED, _check_readout, _device, position_limit
 from .choosing import Outcome, choose
 from .limits import check_job, slots_in

@@ -14,8 +14,9 @@ from glassformer.core.errors import InputError, SamplerError, did_you_mean
 from glassformer.core.fields import hints
 from glassformer.core.tap import Tap
 
-from ..generate import MAX_NEW_TOKENS, Options, Prompt, _checked, _read_sampler, _read_seed, _read_start, _Row, read_prompts
+from ..generate import _Row
 from ..named import Settings, eos_ids
+from ..options import MAX_NEW_TOKENS, Options, Prompt, _checked, _read_sampler, _read_seed, _read_start, read_prompts
 from ..sampler import Chain
 from ..state import State
 from ..text import StopStrings

@@ -20,7 +20,6 @@ come with any number of beams.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 
@@ -33,40 +32,12 @@ from glassformer.core.tap import Record
 from ..links import Draw
 from ..session import Session
 from ..state import uniform
-from ..text import Decodes, Detokenizer, StopStrings
-from .hypothesis import Ending, Node, root
+from .endings import Endings
+from .hypothesis import Node, root
 from .phrases import Phrases
 from .settings import BeamSearch, check_together
 
 CROSS = "decoder.blocks.*.cross.pattern"
-
-
-@dataclass(frozen=True)
-class Endings:
-    """What ends a text: an end-of-sequence id, a stop string, or ``limit`` new tokens. ``contexts``: per prompt what the new text follows (see Detokenizer)."""
-
-    eos: frozenset[int] = frozenset()
-    limit: int = 128
-    stops: tuple[str, ...] = ()
-    tokenizer: Decodes | None = None
-    contexts: Sequence[Sequence[int]] = ()
-
-    def begin(self, prompt: int) -> tuple[Detokenizer, StopStrings] | None:
-        """What is needed to find stop strings (None if there are none)."""
-        if not self.stops or self.tokenizer is None:
-            return None
-        return Detokenizer(self.tokenizer, self.contexts[prompt] if self.contexts else ()), StopStrings(self.stops)
-
-    def of(self, node: Node) -> Ending | None:
-        """How the text of a new hypothesis has ended, if it has; reads its token."""
-        if node.token in self.eos:
-            return "eos"
-        if node.parent is not None and node.parent.text is not None:
-            detokenizer, stops = node.parent.text[0].fork(), node.parent.text[1].fork()
-            if stops.push(detokenizer.push(node.token))[1]:
-                return "stop"
-            node.text = detokenizer, stops
-        return "length" if node.length >= self.limit else None
 
 
 @dataclass
@@ -104,6 +75,8 @@ class BeamRun:
         self.nodes: list[list[Node]] = [[] for _ in range(self.prompts)]
         self.groups = [_Group(p, g, [root(g, self.phrases.start(), endings.begin(p))]) for p in range(self.prompts) for g in range(search.num_beam_groups)]
         self.lengths = None if session.source is None else list(session.source.lengths)
+        self.standing: list[tuple[int, Node]] = []  # prompt and beam of every row, once the rows are copies that are the search's own
+        self.cache, self.since = session.cache, 0  # the cache in use, and how many tokens the beams had when it was made
         self.coverage: Tensor | None = None
         self.cross = Record(CROSS) if search.coverage_penalty else None
         if self.cross is not None:
@@ -344,29 +317,45 @@ class BeamRun:
 
     def _go_on(self, step: int) -> dict[int, int]:
         """Make the session's rows those of the beams that go on, with their tokens; returns the row of each."""
-        beams = [node for group in self.groups for node in group.alive]
+        beams = [(group.prompt, node) for group in self.groups for node in group.alive]
         if not beams or step + 1 == self.endings.limit:
             return {}
-        self._take([node.row for node in beams])
+        if self.session.cache is not self.cache:
+            self.cache, self.since = self.session.cache, step
+        self._take(beams, [node.row for _, node in beams])
         session, state = self.session, self.session.state
         device = session._ids.device
-        tokens = torch.tensor([node.token for node in beams], device=device)
-        p = torch.tensor([node.logprob for node in beams], device=device).exp()
+        tokens = torch.tensor([node.token for _, node in beams], device=device)
+        p = torch.tensor([node.logprob for _, node in beams], device=device).exp()
         links = session.sampler.links
         state.advance([m if m is None or link.observes else link.learn(m, p, tokens) for link, m in zip(links, state.memory, strict=True)])
         session._append(tokens)
         if any(link.ends and not link.off for link in links):
             beams = self._let_end(beams)
-        return {id(node): row for row, node in enumerate(beams)}
+        return {id(node): row for row, (_, node) in enumerate(beams)}
 
-    def _take(self, rows: list[int]) -> None:
-        if rows != list(range(len(self.session.lengths))):
-            self.session = self.session.select(rows)
+    def _take(self, beams: list[tuple[int, Node]], rows: list[int]) -> None:
+        """Make the rows ``rows`` those of ``beams``, one after another. The cache moves only what a row does not have yet."""
+        before, standing = self.session, self.standing
+        if rows != list(range(len(before.lengths))):
+            cache, before.cache = (before.cache, None) if standing else (None, before.cache)
+            self.session = before.select(rows)
+            if cache is not None:
+                there = [before.lengths[r] - before.drawn for r in rows]  # of the prompts
+                self.session.cache = cache.reorder(rows, [self._shared(a, standing[r], n) for a, r, n in zip(standing, rows, there, strict=False)])
             self.coverage = None if self.coverage is None else self.coverage[torch.tensor(rows, device=self.coverage.device)]
+            self.cache, standing = self.session.cache, beams
+        self.standing = beams if standing else []
 
-    def _let_end(self, beams: list[Node]) -> list[Node]:
+    def _shared(self, one: tuple[int, Node], other: tuple[int, Node], prompt: int) -> int:
+        """How many first tokens two rows have as copies of each other: none across prompts, or where each has read them anew (see Session._outgrown)."""
+        new = one[1].common(other[1])
+        return prompt + new if one[0] == other[0] and new >= self.since else 0
+
+    def _let_end(self, beams: list[tuple[int, Node]]) -> list[tuple[int, Node]]:
         """Finish those of which a link says that nothing can follow; who goes on."""
-        over = {id(node) for node, ended in zip(beams, self.session.ended, strict=True) if ended}
+        nodes = [node for _, node in beams]
+        over = {id(node) for node, ended in zip(nodes, self.session.ended, strict=True) if ended}
         if not over:
             return beams
         for group in self.groups:
@@ -375,17 +364,18 @@ class BeamRun:
             for node in done:
                 node.ending = "stop"
                 if self.phrases.met(node.progress):
-                    coverage = 0.0 if self.coverage is None else self._covered_by(beams.index(node))
+                    coverage = 0.0 if self.coverage is None else self._covered_by(nodes.index(node))
                     self._finish(group, node, coverage)
                 else:
                     node.fate = "unmet"
             if done:
                 self._maybe_stop(group, done[0].length)
         going = {id(node) for group in self.groups for node in group.alive}
-        left = [row for row, node in enumerate(beams) if id(node) in going]
+        left = [row for row, node in enumerate(nodes) if id(node) in going]
+        rest = [beams[row] for row in left]
         if left:
-            self._take(left)
-        return [beams[row] for row in left]
+            self._take(rest, left)
+        return rest
 
     def _covered_by(self, row: int) -> float:
         assert self.coverage is not None

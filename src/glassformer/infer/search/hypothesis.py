@@ -68,6 +68,14 @@ class Node:
             node = node.parent
         return nodes[::-1]
 
+    def common(self, other: Node) -> int:
+        """How many new tokens it shares with another of the same step: those of the nearest ancestor of both."""
+        a: Node | None = self
+        b: Node | None = other
+        while a is not None and b is not None and a is not b:
+            a, b = a.parent, b.parent
+        return 0 if a is None else a.length
+
 
 def root(group: int, progress: Progress, text: tuple[Detokenizer, StopStrings] | None) -> Node:
     """Nothing drawn yet."""

@@ -29,11 +29,11 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glassformer.core.errors import InputError
-from glassformer.core.files import replace, trouble
+from glassformer.core import files
+from glassformer.core.page import printed
 
 from ..sampler import Chain
-from ..trace import Names, check_place
+from ..trace import SUFFIXES, Names
 from .hypothesis import Ending, Fate, Node
 from .phrases import Phrases
 from .settings import BeamSearch
@@ -245,13 +245,8 @@ class BeamTree:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the tree; the ending says as what (.html, .json). Raises :class:`InputError` with the remedy if it cannot."""
-        target = check_place(path, "a beam tree", "beams.html")
-        try:
-            replace(target, self.to_html() if target.suffix.lower() == ".html" else self.to_json())
-        except OSError as error:
-            reason, todo = trouble(error)
-            raise InputError(f"{str(target)!r} cannot be written: {reason}. {todo}; what was there before is untouched.") from error
-        return target
+        target = check_place(path)
+        return files.save(target, self.to_html() if target.suffix.lower() == ".html" else self.to_json())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         from .tree_table import tree_table
@@ -264,9 +259,12 @@ class BeamTree:
         return _printed(self)
 
     def _repr_html_(self) -> str:
-        from html import escape
+        return printed(self)
 
-        return f'<pre style="line-height:1.3">{escape(str(self))}</pre>'
+
+def check_place(path: str | os.PathLike[str]) -> Path:
+    """The file that a beam tree is to be written to. Raises :class:`InputError` if it cannot be."""
+    return files.check_place(path, "a beam tree", SUFFIXES, "beams.html")
 
 
 def _number(x: float) -> str:

@@ -1,28 +1,28 @@
 """The page of a beam tree: one self-contained HTML file in which every hypothesis can be opened.
 
     tree.html   the words and the places
-    tree.css    the looks (after those of the trace's page)
-    tree.js     the n best, the tree step by step, the opened hypothesis with its path and the parts of its score
+    tree.css    the looks (behind those of ../tree_view.css, which any tree has)
+    tree.js     the n best, the tree step by step (drawn by ../tree_view.js), the opened hypothesis with its path and the parts of its score
 
-It asks the network for nothing, and its content security policy lets it ask for nothing. Numbers stand in it with six significant digits.
+Numbers stand in it with six significant digits.
 """
 
 from __future__ import annotations
 
-import re
-from importlib import resources
-from math import isfinite
 from typing import Any
 
-from glassformer.core.page import fill
-from glassformer.text.shown import shown
+from glassformer.core.page import scripted, short
+from glassformer.text.shown import shown, shown_text
 
 from .tree import BeamTree
+
+FIELDS = ["parent", "step", "token", "group", "rank", "logprob", "gain", "sum", "diversity", "divisor", "coverage", "score", "met", "fate", "why"]
 
 
 def render(tree: BeamTree) -> str:
     """The page."""
-    return fill(_file("tree.html"), "What the beam search considered", _file("tree.css"), _file("tree.js"), data(tree))
+    files = ("search/tree.html", "tree_view.css", "search/tree.css", "tree_view.js", "search/tree.js")
+    return scripted("What the beam search considered", data(tree), "glassformer.infer", *files)
 
 
 def data(tree: BeamTree) -> dict[str, Any]:
@@ -39,27 +39,7 @@ def data(tree: BeamTree) -> dict[str, Any]:
         "coverage": bool(tree.search.coverage_penalty),
         "best": [h.id for h in tree.best],
         "written": [" ".join(map(str, tree.ids(h))) if (text := tree.written(h)) is None else shown_text(text) for h in tree.best],
-        "fields": ["parent", "step", "token", "group", "rank", "logprob", "gain", "sum", "diversity", "divisor", "coverage", "score", "met", "fate", "why"],
-        "nodes": [
-            [
-                *(h.parent, h.step, h.token, h.group, h.rank, _short(h.logprob), _short(h.gain), _short(h.sum), _short(h.diversity), _short(h.divisor)),
-                *(_short(h.coverage), _short(h.score), h.met, h.fate, h.why),
-            ]
-            for h in tree
-        ],
+        "fields": FIELDS,
+        "nodes": [[short(x, 6) if isinstance(x, float) else x for x in (getattr(h, name) for name in FIELDS)] for h in tree],
         "texts": {str(i): text for i, text in texts.items()},
     }
-
-
-def shown_text(text: str) -> str:
-    """A text as it is read: spaces and line breaks stay, characters that would disturb the page are made visible."""
-    return "".join(shown(word) if word.strip(" \n") else word for word in re.split(r"([ \n]+)", text))
-
-
-def _short(x: float) -> float | None:
-    """Six significant digits; None for what JSON has no number for."""
-    return float(f"{x:.6g}") if isfinite(x) else None
-
-
-def _file(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
