@@ -313,6 +313,8 @@ def test_names_make_the_models():
     same = lambda made, **options: generate(made, PROMPTS[0], max_new_tokens=6).ids == generate(model, PROMPTS[0], max_new_tokens=6, **options).ids
     assert same(Guidance(2.0, [3, 4]).over(model), guidance_scale=2, negative_prompt=[3, 4])
     assert same(Contrast(0.2, 1.0).over(model, other), contrast=other, contrast_alpha=0.2, contrast_beta=1.0)
+    with pytest.raises(InputError):
+        generate(model, PROMPTS[0], max_new_tokens=2, contrast=Guidance(2.0).over(other))  # a combined model is not taken for its first branch
     assert same(DoLa("low").over(model), dola_layers="low") and same(DoLa([1]).over(model), dola_layers=[1])
     assert same(ContrastiveSearch(0.5, 3).over(model), penalty_alpha=0.5, top_k=3)
 

@@ -566,3 +566,10 @@ def test_drafts_on_the_command_line(folders, capsys) -> None:
     ):
         code, _, err = run(*how)
         assert code == 2 and words in err and err.count("\n") == 1
+
+
+def test_noise_is_finite_for_every_bit_pattern(monkeypatch: pytest.MonkeyPatch):
+    state = State(0, [0], [0], [None])
+    for bits in (0, -1, 2**63 - 1, -(2**63)):
+        monkeypatch.setattr("glassformer.infer.gumbel._mixed", lambda x, bits=bits: torch.full_like(x, bits))
+        assert Gumbel().apply(torch.zeros(1, 5), None, Own(state, None, "Gumbel")).isfinite().all()

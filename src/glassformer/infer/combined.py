@@ -150,13 +150,6 @@ def same_device(*models: Any) -> None:
         raise InputError(f"The models of a combined one stand on different devices, {' and '.join(map(str, found))}: move one with model.to(...).")
 
 
-def vocabulary(model: Any) -> int | None:
-    """How many tokens a model knows, if its Spec says."""
-    spec = getattr(model, "spec", None)
-    size = getattr(getattr(spec, "decoder", spec), "vocab_size", None)
-    return None if size is None else int(size)
-
-
 def is_pair(model: Any) -> bool:
     """Whether a model is an encoder-decoder."""
     return hasattr(model, "encode") and hasattr(model, "decode")

@@ -41,7 +41,8 @@ def combine(model: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
         return DoLa(said["dola_layers"]).over(model), left
     if asked == ["contrast"]:
         chosen = {field: said[name] for name, field in (("contrast_alpha", "alpha"), ("contrast_beta", "beta")) if name in said}
-        return Contrast(**chosen).over(model, getattr(said["contrast"], "model", said["contrast"])), left  # load() gives a model with its tokenizer
+        amateur = said["contrast"] if callable(said["contrast"]) else getattr(said["contrast"], "model", said["contrast"])  # load() gives more than a model
+        return Contrast(**chosen).over(model, amateur), left
     if asked:
         return Guidance(said["guidance_scale"], _negative(said.get("negative_prompt"), options.get("tokenizer"))).over(model), left
     return model, left

@@ -13,9 +13,9 @@ from glassformer.core.errors import InputError, SamplerError
 from glassformer.core.spec import Spec, part
 from glassformer.core.tap import Tap
 
-from .combined import Combined, JointCache, Keep, Lengths, branches, is_pair, same_device, vocabulary
+from .combined import Combined, JointCache, Keep, Lengths, branches, is_pair, same_device
 from .sampler import GONE
-from .session import _check_readout
+from .session import _check_readout, vocabulary
 
 
 @part

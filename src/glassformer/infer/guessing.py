@@ -20,7 +20,7 @@ from glassformer.core.fields import described
 from glassformer.core.spec import Spec, part
 from glassformer.core.tap import Tap
 
-from .session import _check_readout
+from .session import _check_readout, vocabulary
 
 DRAFT_TOKENS = 5
 
@@ -115,13 +115,6 @@ def _spelt(tokenizer: Any, i: int) -> str:
         return str(tokenizer.decode([i]))
     except (GlassformerError, LookupError):  # a hole in the vocabulary
         return ""
-
-
-def vocabulary(model: Any) -> int | None:
-    """How many tokens a model's logits have; None for one that does not say."""
-    spec = getattr(getattr(model, "decoder", model), "spec", None)
-    size: int | None = getattr(spec, "vocab_size", None)
-    return size
 
 
 def read_draft(

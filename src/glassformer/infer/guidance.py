@@ -23,8 +23,9 @@ from glassformer.core.errors import InputError, SamplerError
 from glassformer.core.spec import Spec, part
 from glassformer.core.tap import Tap
 
-from .combined import Combined, JointCache, Keep, Lengths, branches, counted, is_pair, places, vocabulary
+from .combined import Combined, JointCache, Keep, Lengths, branches, counted, is_pair, places
 from .sampler import GONE
+from .session import vocabulary
 
 
 @part

@@ -32,7 +32,9 @@ class Gumbel(Link):
             raise SamplerError("Gumbel needs a state, which knows the step of every row. Use a chain: (Temperature(0.8) | Gumbel() | Greedy())(logits).")
         keys = (state.uniform(logits.device) * 2.0**53).long() << 10
         ids = torch.arange(1, logits.shape[-1] + 1, device=logits.device)
-        u = ((_mixed(keys[:, None] + ids * _signed(_GOLDEN)) >> 11) & (2**53 - 1)).double().add_(0.5).mul_(2.0**-53)
+        u = (
+            ((_mixed(keys[:, None] + ids * _signed(_GOLDEN)) >> 11) & (2**53 - 1)).double().add_(0.5).mul_(2.0**-53).clamp_(max=1 - 2.0**-53)
+        )  # the last one and a half would round to 1
         return (logits.double() - u.log_().neg_().log_()).float()
 
 

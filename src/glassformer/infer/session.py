@@ -163,7 +163,7 @@ class Session:
     # The tree of continuations
 
     def fork(self, n: int, seeds: Sequence[int] | None = None) -> Session:
-        """Each row ``n`` times, in a new session that shares nothing with this one.
+        """Each row ``n`` times, in a new session that shares the model and the tap with this one, and nothing else.
 
         With ``seeds``, one per new row, they draw differently from here on; without, the copies draw the same.
         """
@@ -303,6 +303,13 @@ def position_limit(model: Any) -> int | None:
     if not isinstance(decoder, nn.Module):
         return None
     return min((m.spec.max_positions for m in decoder.modules() if isinstance(m, LearnedLayer)), default=None)
+
+
+def vocabulary(model: Any) -> int | None:
+    """How many tokens a model's logits tell apart; None for one whose Spec does not say."""
+    spec = getattr(getattr(model, "decoder", model), "spec", None)
+    size = getattr(getattr(spec, "decoder", spec), "vocab_size", None)
+    return None if size is None else int(size)
 
 
 def _boundaries(model: Any) -> frozenset[int]:

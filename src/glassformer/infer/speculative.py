@@ -44,11 +44,11 @@ from glassformer.core.errors import InputError, SamplerError, did_you_mean
 from glassformer.core.tap import Tap
 
 from .combined import Combined
-from .guessing import DRAFT_TOKENS, DraftModel, Guesser, Guesses, read_draft, vocabulary
+from .guessing import DRAFT_TOKENS, DraftModel, Guesser, Guesses, read_draft
 from .links import Draw
 from .reading import Reader
 from .sampler import Chain, Link, Passed, spread
-from .session import Drawn, Session, Source, _measure
+from .session import Drawn, Session, Source, _measure, vocabulary
 from .state import Own, State
 from .trace import Choice
 from .tracing import measure
