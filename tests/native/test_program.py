@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -57,8 +58,8 @@ def made(name: str, dtype: torch.dtype = torch.float32) -> Any:
     return model.to(dtype)
 
 
-def begun(model: Any, lengths: list[int], planned: bool) -> Any:
-    cache = model.cache(batch=len(lengths), capacity=32)
+def begun(model: Any, lengths: list[int], planned: bool, capacity: int = 32) -> Any:
+    cache = model.cache(batch=len(lengths), capacity=capacity)
     if not planned:
         cache.plan = False
     tokens = torch.tensor([zoo.ids(max(lengths), i) for i in range(len(lengths))])
@@ -297,16 +298,26 @@ def test_what_cannot_be_is_left_to_the_forward_pass_and_its_errors():
     assert stepped(model, small) is None
 
 
+class Doubled(TransformerModel):
+    def forward(self, *args: Any, **rest: Any) -> Tensor:
+        return 2 * super().forward(*args, **rest)
+
+
 def test_changes_between_two_steps_are_seen():
     model = made("gpt2")
-    cache = begun(model, [4], True)
+    cache = begun(model, [4], True, 64)
     on(model, cache, 0)
     assert stepped(model, cache) is not None
     other = model.embed.weight.detach().flip(0).clone()
+    spec, act, steps = model.readout.spec, model.blocks[0].ffn.act, model.blocks[0].steps
     for change, undo in (
         (lambda: model.train(), lambda: model.eval()),
         (lambda: setattr(model.blocks[1], "training", True), lambda: model.eval()),
         (lambda: setattr(model.readout, "factor", 2.0), lambda: setattr(model.readout, "factor", 1.0)),
+        (lambda: setattr(model.readout, "spec", replace(model.readout.spec, cap=1.0)), lambda: setattr(model.readout, "spec", spec)),
+        (lambda: setattr(model.blocks[0].ffn, "act", torch.relu), lambda: setattr(model.blocks[0].ffn, "act", act)),
+        (lambda: setattr(model.blocks[0], "steps", steps[:1]), lambda: setattr(model.blocks[0], "steps", steps)),
+        (lambda: setattr(model, "__class__", Doubled), lambda: setattr(model, "__class__", TransformerModel)),
         (lambda: setattr(model.blocks[0].norm1, "eps", 0.1), lambda: setattr(model.blocks[0].norm1, "eps", 1e-5)),
         (lambda: setattr(model.embed.weight, "data", other), lambda: None),
         (lambda: setattr(model, "forward", lambda *a, **k: None), lambda: model.__dict__.pop("forward")),
@@ -316,17 +327,45 @@ def test_changes_between_two_steps_are_seen():
         undo()
         on(model, cache, 0)  # writes down what is so now
         assert stepped(model, cache) is not None
+    model.train()
+    on(model, cache, 0)  # a state that passes, not a kind of model
+    model.eval()
+    on(model, cache, 0)
+    assert stepped(model, cache) is not None
     handles = [model.register_forward_hook(lambda *_: None), model.embed.register_forward_pre_hook(lambda *_: None)]
     for handle in handles:
         assert stepped(model, cache) is None
+        on(model, cache, 0)
         handle.remove()
+    on(model, cache, 0)
+    assert stepped(model, cache) is not None
+
+
+@pytest.mark.parametrize("part", ["attn.out.weight", "attn.qkv.weight", "ffn.up.bias", "embed.weight", "position.table"])
+@pytest.mark.parametrize("by", [-4, 4])
+def test_parameters_of_other_sizes_are_left_to_the_forward_pass(part: str, by: int):
+    model = made("gpt2" if part == "ffn.up.bias" else "learned")
+    cache, plain = begun(model, [4], True), begun(model, [4], False)
+    on(model, cache, 0), on(model, plain, 0)
+    owner, _, name = part.rpartition(".")
+    holder = model.get_submodule(owner if owner in ("embed", "position") else f"blocks.0.{owner}")
+    old = getattr(holder, name)
+    rows = len(old) + by
+    setattr(holder, name, torch.nn.Parameter(old.detach().repeat(2, *[1] * (old.ndim - 1))[:rows].clone()))
+
+    def tried(cache: Any, token: int) -> Any:
+        try:
+            return on(model, cache, token)
+        except (RuntimeError, IndexError) as error:
+            return str(error)
+
+    assert stepped(model, cache, 19) is None
+    one, other = tried(cache, 19), tried(plain, 19)
+    assert type(one) is type(other)
+    assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
 
 
 def test_a_class_with_a_forward_pass_of_its_own_keeps_it():
-    class Doubled(TransformerModel):
-        def forward(self, *args: Any, **rest: Any) -> Tensor:
-            return 2 * super().forward(*args, **rest)
-
     model = made("gpt2")
     model.__class__ = Doubled
     cache = begun(model, [4], True)

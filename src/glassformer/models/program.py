@@ -53,6 +53,10 @@ class _Other(Exception):
     """Something that is not written down: the blocks go their own way."""
 
 
+class _NotNow(_Other):
+    """Somebody trains, or stands between a module and its call: for as long as that is so."""
+
+
 def step(model: Any, x: Tensor, p: Pass) -> Tensor | None:
     """The stream after the final norm of a decode step, or None where the blocks are to be called one by one: x [b 1 d] -> [b 1 d]."""
     cache = p.cache
@@ -67,6 +71,9 @@ def step(model: Any, x: Tensor, p: Pass) -> Tensor | None:
     if plan is None or not plan.fits(model, slots, x):
         try:
             plan = cache.plan = Plan(model, x, slots, code)
+        except _NotNow:
+            cache.plan = None
+            return None
         except _Other:
             cache.plan = False
             return None
@@ -80,7 +87,7 @@ def decode(model: Any, tokens: Tensor, cache: Cache) -> Tensor | None:
     evaluation mode if a value comes, and no gradients are recorded.
     """
     plan, clock = cache.plan, cache.clock
-    if type(plan) is not Plan or not plan.whole or tokens.shape != (plan.rows, 1):
+    if type(plan) is not Plan or not plan.whole or tokens.shape != (plan.rows, 1) or tokens.dtype != torch.int64:
         return None
     if not decoding.is_free() or steady.on() or modes.is_deterministic() or native.library() is not plan.code or _are_hooked() or clock.overwritten:
         return None
@@ -103,46 +110,57 @@ class _Facts:
 
     def __init__(self, model: Any, names: Sequence[str], slots: Sequence[Any] = (), itself: bool = False):
         self.model, self.names = model, names
-        self.owns = [m.__dict__ for name in names for m in model._modules[name].modules()] + ([model.__dict__] if itself else [])
-        self.numbered = [own for own in self.owns if not own.keys().isdisjoint(_NUMBERS)]
+        self.modules = [m for name in names for m in model._modules[name].modules()] + ([model] if itself else [])
+        self.classes: list[Any] = list(dict.fromkeys(map(type, self.modules)))
+        self.owns = [m.__dict__ for m in self.modules]
+        self.chosen = [(own, name) for own in self.owns for name in _CHOICES if name in own]
         inner = [own for own in self.owns if own is not model.__dict__]
         self.dicts = [d for own in inner for d in (own["_modules"], own["_parameters"], own["_buffers"]) if d]
         self.parts = self._parts()
         self.tensors = [w for w in self.parts if isinstance(w, Tensor)]
         self.memory = _memory(slots)
+        self.others = self._others()
         self.told = self._told()
 
     def hold(self, slots: Sequence[Any] = ()) -> bool:
-        parts, memory = self._parts(), _memory(slots)
-        same = len(parts) == len(self.parts) and all(map(operator.is_, parts, self.parts))
-        return same and len(memory) == len(self.memory) and all(map(operator.is_, memory, self.memory)) and self.told == self._told()
+        return _same(self._parts(), self.parts) and _same(_memory(slots), self.memory) and _same(self._others(), self.others) and self.told == self._told()
 
     def _parts(self) -> list[Any]:
         here = self.model._modules
         return [*map(here.get, self.names), *chain.from_iterable(map(dict.values, self.dicts))]
 
+    def _others(self) -> list[Any]:
+        """What calls are made of beside tensors: the modules' choices and numbers, their classes and what those do."""
+        return [*(own.get(name) for own, name in self.chosen), *map(type, self.modules), *(kind.forward for kind in self.classes)]
+
     def _told(self) -> list[Any]:
         every = [*self.tensors, *self.memory]
         told: list[Any] = [torch.get_num_threads(), torch.is_inference_mode_enabled(), self.is_bare()]
-        told += [tuple(map(own.get, _NUMBERS)) for own in self.numbered]
         # A stride and a number of entries say a shape, and take a third of the time.
         told += [*map(Tensor.data_ptr, every), *map(Tensor.stride, every), *map(Tensor.numel, every), *map(operator.attrgetter("dtype"), every)]
         return told
 
     def is_bare(self) -> bool:
-        """Whether nobody trains, and nobody stands between a module and its call."""
-        owns = self.owns
-        return not (
-            any(map(_IN_TRAINING, owns))
-            or any(map(_AFTER, owns))
-            or any(map(_BEFORE, owns))
-            or any(any(map(dict.__contains__, owns, repeat(name))) for name in _CALLS)
-        )
+        return _is_bare(self.owns)
 
 
-_NUMBERS = ("eps", "scale", "offset", "late", "factor")  # what calls are made of beside tensors
+def _is_bare(owns: Sequence[dict[str, Any]]) -> bool:
+    """Whether nobody trains, and nobody stands between a module and its call."""
+    return not (
+        any(map(_IN_TRAINING, owns))
+        or any(map(_AFTER, owns))
+        or any(map(_BEFORE, owns))
+        or any(any(map(dict.__contains__, owns, repeat(name))) for name in _CALLS)
+    )
+
+
+_CHOICES = ("spec", "act", "steps", "normed", "tied", "_embed", "n_heads", "n_kv_heads", "eps", "scale", "offset", "late", "factor")
 _CALLS = ("forward", "_compiled_call_impl")  # what stands in the place of a class's own way
 _IN_TRAINING, _AFTER, _BEFORE = map(operator.itemgetter, ("training", "_forward_hooks", "_forward_pre_hooks"))
+
+
+def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 def _memory(slots: Sequence[Any]) -> list[Any]:
@@ -156,9 +174,9 @@ class Plan:
     """
 
     def __init__(self, model: Any, x: Tensor, slots: list[Any], code: Any):
+        if not _is_bare([m.__dict__ for part in (model.blocks, model.final_norm) for m in part.modules()]):
+            raise _NotNow
         self.facts, self.code, self.steps = _Facts(model, ("blocks", "final_norm"), slots), code, 0
-        if not self.facts.is_bare():
-            raise _Other
         self.rows, self.d, self.type, self.bf16 = x.shape[0], x.shape[2], x.dtype, int(x.dtype == torch.bfloat16)
         self.threads = torch.get_num_threads()
         self.memory: dict[str, Tensor] = {}
@@ -232,10 +250,14 @@ class Plan:
 
     def _look_up(self, embed: Any, position: Any) -> None:
         learned, tables = type(position) is LearnedLayer, list(self._packed(embed.table) if type(embed) is PackedEmbedding else self._dense(embed.weight))
-        if len(tables) > 1 or (type(embed) is PackedEmbedding and embed.table.like.dtype != self.type):
+        packed = embed.table if type(embed) is PackedEmbedding else None
+        shape = tuple(embed.weight.shape) if packed is None else packed.matrix_shape
+        if len(tables) > 1 or shape != (embed.vocab_size, self.d) or (packed is not None and packed.like.dtype != self.type):
             raise _Other
         self.offset: int = position.spec.offset if learned else 0
         self.most: int = position.spec.max_positions if learned else sys.maxsize
+        if learned and tuple(position.table.shape) != (self.most + self.offset, self.d):
+            raise _Other
         self.n_tokens, self.ids, self.at = embed.vocab_size, (ctypes.c_int64 * self.rows)(), (ctypes.c_int64 * self.rows)()
         (table, kind), places = tables[0], self._at(position.table) if learned else 0
         told = (table.data_ptr(), ctypes.addressof(self.ids), places, ctypes.addressof(self.at), self.stream.data_ptr(), self.rows, self.d, kind, self.bf16)
@@ -247,7 +269,7 @@ class Plan:
             raise _Other
         pieces = list(self._packed(readout.table or embed.table) if packed else self._dense(readout.weight))
         self.vocabulary = sum(len(raw) for raw, _ in pieces)
-        self._times(pieces, readout.bias, self.memory["final"], 0)  # where to is said at each step
+        self._times(pieces, readout.bias, self.memory["final"], 0, self.vocabulary)  # where to is said at each step
 
     def _block(self, block: nn.Module, slot: Any) -> None:
         if type(block) is not SequentialBlock:
@@ -272,6 +294,8 @@ class Plan:
         if type(layer) not in (LayerNormLayer, RMSNormLayer):
             raise _Other
         rms = type(layer) is RMSNormLayer
+        if not x.shape[1] == layer.d == layer.weight.numel() == (layer.d if rms or layer.bias is None else layer.bias.numel()):
+            raise _Other
         weight, bias = self._at(layer.weight), 0 if rms else self._at(layer.bias)
         offset, late = (layer.offset, layer.late) if rms else (0.0, False)
         told = decoding._NORM.pack(x.data_ptr(), weight, bias, y.data_ptr(), self.rows, layer.d, self.bf16, rms, layer.eps, offset, late)
@@ -334,11 +358,13 @@ class Plan:
         if type(layer) not in (Linear, PackedLinear):
             raise _Other
         y = self._buffer(name, layer.out_features)
-        self._times(self._dense(layer.weight) if type(layer) is Linear else self._packed(layer), layer.bias, x, y.data_ptr())
+        self._times(self._dense(layer.weight) if type(layer) is Linear else self._packed(layer), layer.bias, x, y.data_ptr(), layer.out_features)
         return y
 
-    def _times(self, pieces: Iterable[tuple[Tensor, int]], bias: Tensor | None, x: Tensor, y: int) -> None:
-        b, at, k = self._at(bias), 0, x.shape[1]
+    def _times(self, pieces: Iterable[tuple[Tensor, int]], bias: Tensor | None, x: Tensor, y: int, n: int) -> None:
+        b, at, k, pieces = self._at(bias), 0, x.shape[1], list(pieces)
+        if sum(len(raw) for raw, _ in pieces) != n or (bias is not None and bias.shape != (n,)):
+            raise _Other
         for raw, kind in pieces:
             dense = kind in linear._TYPES.values()
             name = linear.kernel(self.code, self.type, self.rows, k) if dense else "linear"

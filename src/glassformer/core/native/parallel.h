@@ -12,7 +12,7 @@
 //     leader:  f() ──► … open a loop, take ranges, close it, wait for those inside … ──► done
 //     others:          … wait for a loop to be open, enter, take ranges, leave …     ──► go
 //
-// A loop waits for nobody who has not entered it.
+// A loop waits for nobody who has not entered it. All of a team may enter, whatever `threads` the loop says above 1; loops do not nest.
 
 #pragma once
 

@@ -20,23 +20,17 @@
 #endif
 
 #include "parallel.h"
+#include "products.h"
 
 namespace {
 
 constexpr int LANES = 16, ROWS = 4, BLOCK = 32;
-constexpr int64_t ALONE = 1 << 16;  // bytes of W below which waking another thread costs more than it saves
 
 typedef float f16 __attribute__((vector_size(64)));
 typedef float f16_any __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t u16 __attribute__((vector_size(64)));
 typedef uint32_t u16_any __attribute__((vector_size(64), aligned(2), may_alias));
 typedef int32_t i16 __attribute__((vector_size(64)));
-
-struct Call {
-    const char *x, *w, *bias;  // bias null: none; it has the type of x, as y has
-    char* y;
-    int64_t m, n, k, type, x_bf16, threads;
-};
 
 enum { FLOAT32, BFLOAT16, Q8_0, Q4_0 };
 

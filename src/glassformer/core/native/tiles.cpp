@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "parallel.h"
+#include "products.h"
 #include "vectors.h"
 
 #if defined(__AMX_BF16__) && defined(__linux__)
@@ -22,13 +23,6 @@
 namespace {
 
 constexpr int64_t SIDE = 16, DEEP = 32;  // rows of a tile, and numbers of k in each
-constexpr int64_t ALONE = 1 << 16;       // bytes of W below which waking another thread costs more than it saves
-
-struct Call {
-    const char *x, *w, *bias;  // bias null: none
-    char* y;
-    int64_t m, n, k, type, x_bf16, threads;
-};
 
 struct Shape {
     uint8_t palette = 1, start = 0, reserved[14] = {};
