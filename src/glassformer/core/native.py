@@ -232,7 +232,6 @@ def _build(state: _State, compiler: str, key: str) -> ctypes.CDLL:
 def _load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
     loaded.glassformer_pool.argtypes, loaded.glassformer_pool.restype = [ctypes.c_void_p], None
-    loaded.glassformer_has_tiles.restype = ctypes.c_int64
     loaded.glassformer_pool(_pool())
     return loaded
 

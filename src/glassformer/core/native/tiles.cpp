@@ -124,7 +124,7 @@ void product(const Call& c) {
 }  // namespace
 
 // Whether the unit is there and the system lets this process use it.
-extern "C" int64_t glassformer_has_tiles() {
+extern "C" int glassformer_has_tiles() {
     constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
     static const bool here = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
     return here;
@@ -135,6 +135,6 @@ extern "C" void glassformer_tiles(const void* call) {
     c.m <= SIDE ? product<1>(c) : product<2>(c);
 }
 #else
-extern "C" int64_t glassformer_has_tiles() { return 0; }
+extern "C" int glassformer_has_tiles() { return 0; }
 extern "C" void glassformer_tiles(const void*) {}
 #endif
