@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import glassformer as gf
 from glassformer.core.cache import Cache
-from glassformer.core.packed_cache import FORMS, pack, packed, unpack
+from glassformer.core.packed_cache import FORMS, pack, packed, scratch, unpack
 from infer import engine_kit as kit
 
 KINDS = ["grouped", "window", "latent"]
@@ -195,3 +196,55 @@ def test_requests_get_what_they_get_alone_with_such_a_cache(form: Any) -> None:
     for ticket, prompt in zip(tickets, prompts, strict=True):
         alone = gf.generate(model, prompt, max_new_tokens=10, temperature=1.0, seed=1, cache=packed(model.cache(capacity=64), form))
         kit.same(ticket.result(), alone)
+
+
+class Made(TorchDispatchMode):
+    """Adds up the bytes that are taken while it is on: outputs that lie in none of the inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, Tensor)}
+        if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in known:
+            self.bytes += out.nbytes
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", KINDS)
+def test_what_a_call_unpacks_is_within_what_is_counted(name: str, form: str, dtype: torch.dtype) -> None:
+    model, cache = kit.SPECS[name].build(seed=1).to(dtype).eval(), None
+    cache = packed(model.cache(batch=3, capacity=32), form)
+    assert scratch(cache) == scratch(model.cache(batch=3, capacity=32)) == 0
+    with torch.no_grad():
+        model(torch.zeros(3, 31, dtype=torch.long), cache=cache)
+        cache.clock.lengths = [32] * 3
+        largest = 0
+        for layer in cache.layers:
+            with Made() as made:
+                kept = layer["attn"].keys, layer["attn"].values
+            assert kept[0].dtype == dtype
+            # Both in the model's own type, and at most one of them in float32 on the way.
+            own = sum(x.nbytes for x in kept) if form == "int8" or dtype != torch.bfloat16 else 0
+            between = max(x.numel() * 4 for x in kept) if form == "int8" and dtype != torch.float32 else 0
+            assert made.bytes == own + (sum(x.numel() * 4 for x in kept) if between else 0)
+            largest = max(largest, own + between)
+    assert scratch(cache) == largest
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", KINDS)
+def test_memory_holds_the_cache_and_what_is_unpacked_of_it(name: str, form: Any) -> None:
+    model = kit.model(name)
+    one = gf.Engine(model, slots=1, capacity=64, cache_dtype=form)
+    each = one.bytes + scratch(one._rows.cache)
+    assert scratch(one._rows.cache) > 0
+    engine = gf.Engine(model, capacity=64, cache_dtype=form, memory=5 * each + each // 2)
+    assert engine.slots == 5
+    assert engine.bytes + scratch(engine._rows.cache) <= 5 * each + each // 2
+    with pytest.raises(gf.InputError, match=f"One slot takes {each:,} bytes, but memory={each - 1} is"):
+        gf.Engine(model, capacity=64, cache_dtype=form, memory=each - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import pytest
@@ -55,6 +56,26 @@ def test_a_full_queue_says_how_many_wait() -> None:
     assert engine.stats().refused == 1
     run(engine)
     empty(engine)
+
+
+def test_waiting_for_a_place_is_not_being_refused() -> None:
+    engine = gf.Engine(kit.model("grouped"), slots=1, capacity=32, queue=1)
+    assert len(engine.generate([[1, 2]] * 6, max_new_tokens=2)) == 6
+    assert engine.stats().refused == 0
+    with engine:
+        engine.generate([[1, 2]] * 6, max_new_tokens=8)
+    assert engine.stats().refused == 0
+
+
+def test_equal_prompts_take_work_in_step_with_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every seed is worked out once, and not again for each equal prompt behind it."""
+    engine, made = gf.Engine(kit.model("grouped"), slots=4, capacity=32), []
+    digest = hashlib.blake2b
+    monkeypatch.setattr(hashlib, "blake2b", lambda *args, **rest: (made.append(1), digest(*args, **rest))[1])
+    got = engine.generate([[1, 2]] * 20, max_new_tokens=3, temperature=1.0, seed=4)
+    assert len(made) == 20 + 20 * 3  # and one number for every token
+    alone = gf.generate(kit.model("grouped"), [[1, 2]] * 20, max_new_tokens=3, temperature=1.0, seed=4)
+    assert [r.ids for r in got] == [r.ids for r in alone]
 
 
 def test_a_long_prompt_costs_the_others_a_chunk_per_step_and_no_more() -> None:
@@ -161,6 +182,104 @@ def test_what_goes_wrong_in_one_request_ends_no_other() -> None:
     for i, ticket in enumerate(good):
         kit.same(ticket.result(), gf.generate(model, kit.ids(4 + i, i), max_new_tokens=12, temperature=1.0, seed=i))
     assert engine.stats().failed == 4
+    empty(engine)
+
+
+class Failing(gf.Link):
+    """Fails when it is asked for a memory (``at`` 0), or at the token of this number."""
+
+    def __init__(self, at: int):
+        object.__setattr__(self, "at", at)
+
+    def start(self, rows: int, device: torch.device) -> torch.Tensor | None:
+        if self.at == 0:
+            raise MemoryError("no room to remember")
+        return None
+
+    def apply(self, logits: torch.Tensor, history: Any = None, state: Any = None) -> torch.Tensor:
+        if max(state.state.steps) + 1 == self.at:
+            raise RuntimeError(f"not the token {self.at}")
+        return logits
+
+
+def test_a_link_that_fails_at_the_start_or_on_the_way_costs_no_slot() -> None:
+    model = kit.model("grouped")
+    engine = gf.Engine(model, slots=2, capacity=64)
+    well = engine.submit(gf.Request([1, 2, 3], max_new_tokens=12))
+    engine.step()
+    with pytest.raises(MemoryError, match="no room to remember"):
+        engine.submit(gf.Request([3, 4], sampler=Failing(0) | gf.Greedy(), max_new_tokens=9))
+    third = engine.submit(gf.Request([3, 4], sampler=Failing(3) | gf.Greedy(), max_new_tokens=9))
+    with pytest.raises(RuntimeError, match="not the token 3"):
+        third.result()
+    assert len(third.tokens) == 2 and engine.stats().running == 1
+    again = engine.submit(gf.Request([3, 4], max_new_tokens=9))
+    for ticket, prompt, n in ((well, [1, 2, 3], 12), (again, [3, 4], 9)):
+        kit.same(ticket.result(), gf.generate(model, prompt, max_new_tokens=n))
+    empty(engine)
+
+
+@pytest.mark.parametrize("where", ["swap_rows", "clear_row", "copy_row"])
+def test_what_fails_while_a_request_is_admitted_ends_that_one(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = kit.model("grouped")
+    engine = gf.Engine(model, slots=3, capacity=64)
+    first = engine.submit(gf.Request(kit.ids(20), max_new_tokens=30))
+    for _ in range(3):
+        engine.step()
+    cache, times = engine._rows.cache, []
+
+    def full(*_: Any) -> None:
+        times.append(where)
+        if len(times) == 1:
+            raise MemoryError("full")
+        return ask(*_)
+
+    ask = getattr(cache, where)
+    engine._rows.used[1] = 9  # so that row 2 is taken, and swapped
+    prompt = [*kit.ids(20), 5, 6] if where == "copy_row" else [7, 8]
+    bad = engine.submit(gf.Request(prompt, max_new_tokens=5))
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, where, full)
+        engine.step()
+    assert times and bad.done
+    with pytest.raises(MemoryError, match="full"):
+        bad.result()
+    again = engine.submit(gf.Request(prompt, max_new_tokens=5))
+    for ticket, text, n in ((first, kit.ids(20), 30), (again, prompt, 5)):
+        kit.same(ticket.result(), gf.generate(model, text, max_new_tokens=n))
+    assert engine.stats().failed == 1
+    empty(engine)
+
+
+def test_links_that_cannot_be_compared_are_called_one_by_one() -> None:
+    model = kit.model("grouped")
+
+    class Odd(gf.Link):
+        def __eq__(self, other: object) -> bool:
+            raise RuntimeError("more than one value is ambiguous")
+
+        __hash__ = None  # type: ignore[assignment]
+
+        def apply(self, logits: torch.Tensor, history: Any = None, state: Any = None) -> torch.Tensor:
+            return logits
+
+    engine = gf.Engine(model, slots=2, capacity=64)
+    tickets = [engine.submit(gf.Request([1, 2 + i], sampler=Odd() | gf.Greedy(), max_new_tokens=5)) for i in range(2)]
+    run(engine)
+    for i, ticket in enumerate(tickets):
+        assert ticket.result().ids == gf.generate(model, [1, 2 + i], max_new_tokens=5).ids
+
+
+def test_an_answer_that_cannot_be_made_ends_its_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = kit.model("grouped")
+    engine = gf.Engine(model, slots=2, capacity=64)
+    jobs = [engine.submit(gf.Request([1, 2 + i], max_new_tokens=5)) for i in range(2)]
+    engine.step()
+    monkeypatch.setattr(engine._rows.jobs[0].row, "result", lambda: 1 / 0)
+    run(engine)
+    with pytest.raises(ZeroDivisionError):
+        jobs[0].result()
+    kit.same(jobs[1].result(), gf.generate(model, [1, 3], max_new_tokens=5))
     empty(engine)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import warnings
+from contextlib import suppress
 from time import sleep
 
 import pytest
@@ -136,8 +138,81 @@ def test_a_callback_cannot_make_steps_and_its_error_at_the_end_is_told() -> None
     assert len(two.result().ids) == 3
     three = engine.submit(gf.Request([1, 2], max_new_tokens=3))
     three.on_done(lambda _: 1 / 0)
+    with pytest.warns(gf.GlassformerWarning, match="callback of on_done, .* raised ZeroDivisionError: division by zero. The request had ended"):
+        assert len(three.result().ids) == 3
+    assert three.error is None
+    with pytest.warns(gf.GlassformerWarning, match="ZeroDivisionError"):  # the same for one that comes late
+        three.on_done(lambda _: 1 / 0)
+
+
+def test_a_callback_at_the_end_changes_no_answer_and_disturbs_no_other_even_where_warnings_are_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = gf.Engine(kit.model("grouped"), slots=2, capacity=64)
+    one, two = (engine.submit(gf.Request([1, 2], max_new_tokens=3)) for _ in range(2))
+    ends: list[gf.Ticket] = []
+    one.on_done(lambda _: 1 / 0)
+    one.on_done(ends.append)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kit.run(engine)
+    assert one.result().ids == two.result().ids and ends == [one]
+    assert "division by zero" in capsys.readouterr().err
+
+
+def test_a_callback_that_blocks_holds_up_nobody_who_asks_the_ticket() -> None:
+    with gf.Engine(kit.model("grouped"), slots=1, capacity=64) as engine:
+        inside, go_on = threading.Event(), threading.Event()
+        ticket = engine.submit(gf.Request([1, 2], max_new_tokens=20))
+
+        def block(_: gf.Token) -> None:
+            inside.set()
+            assert go_on.wait(20)
+
+        ticket.on_token(block)
+        assert inside.wait(20)
+        heard: list[int] = []
+        asker = threading.Thread(target=lambda: ticket.on_token(lambda token: heard.append(token.id)))
+        asker.start()
+        asker.join(5)
+        free = not asker.is_alive()
+        go_on.set()
+        assert ticket.result(timeout=20).ids == heard
+        asker.join(5)
+    assert free
+
+
+def test_every_token_once_and_in_order_for_callbacks_that_come_on_the_way() -> None:
+    ticket = gf.Engine(kit.model("grouped"), slots=1, capacity=64).submit(gf.Request([1, 2], max_new_tokens=2))
+    tokens = [gf.Token(row=0, id=i, text="", logprob=0.0) for i in range(400)]
+    heard: list[list[int]] = [[] for _ in range(8)]
+
+    def listen(own: list[int]) -> None:
+        sleep(0.001 * random.Random(len(heard)).random())
+        ticket.on_token(lambda token: (own.append(token.id), sleep(0.00001)))
+
+    threads = [threading.Thread(target=listen, args=(own,)) for own in heard]
+    for i, token in enumerate(tokens):
+        if i % 50 == 10:
+            threads[i // 50].start()
+        ticket._push(token)
+    for thread in threads:
+        thread.join(20)
+    assert heard == [list(range(400))] * 8
+
+
+def test_a_callback_that_fails_keeps_no_token_from_the_others_and_its_replay_tells_who_asked() -> None:
+    engine = gf.Engine(kit.model("grouped"), slots=1, capacity=64)
+    ticket = engine.submit(gf.Request([1, 2], max_new_tokens=4))
+    heard: list[int] = []
+    ticket.on_token(lambda _: 1 / 0)
+    ticket.on_token(lambda token: heard.append(token.id))
     with pytest.raises(ZeroDivisionError):
-        three.result()
+        ticket.result()
+    assert heard == [token.id for token in ticket.tokens] and len(heard) == 1
+    ticket = engine.submit(gf.Request([1, 2], max_new_tokens=4))
+    engine.step()
+    with pytest.raises(ZeroDivisionError):
+        ticket.on_token(lambda _: 1 / 0)
+    assert len(ticket.result().ids) == 4
 
 
 def test_waiting_has_a_limit() -> None:
@@ -197,6 +272,19 @@ def test_the_thread_survives_what_a_step_does_not_expect(monkeypatch: pytest.Mon
             with pytest.raises(ZeroDivisionError):
                 ticket.result(timeout=60)
         assert engine.submit(gf.Request([1, 2], max_new_tokens=3)).result(timeout=60).ids == gf.generate(model, [1, 2], max_new_tokens=3).ids
+
+
+def test_the_thread_survives_rows_that_cannot_be_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = kit.model("grouped")
+    with gf.Engine(model, slots=2, capacity=64) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._rows, "_swap", lambda *_: (_ for _ in ()).throw(MemoryError("full")))
+            tickets = [engine.submit(gf.Request([1, 2 + i], max_new_tokens=3 + 30 * i)) for i in range(2)]
+            for ticket in tickets:
+                with suppress(MemoryError):  # the one that ended may have its answer
+                    ticket.result(timeout=20)
+        assert all(t.done for t in tickets) and tickets[1].error is not None and engine.running
+        kit.same(engine.submit(gf.Request([1, 2], max_new_tokens=3)).result(timeout=20), gf.generate(model, [1, 2], max_new_tokens=3))
 
 
 def test_a_callback_of_a_running_engine_cannot_wait_for_it() -> None:

@@ -43,7 +43,7 @@ def compiler() -> str:
 def environment(folder: Path, **more: str) -> dict[str, str]:
     sources = folder.with_name("few")  # those of products alone: all take longer to build
     sources.mkdir(exist_ok=True)
-    for name in ("parallel.h", "threads.cpp", "products.cpp"):
+    for name in ("parallel.h", "products.h", "threads.cpp", "products.cpp"):
         shutil.copy(native.SOURCES / name, sources)
     return {**os.environ, "GLASSFORMER_CACHE": str(folder), "SOURCES": str(sources), "OMP_NUM_THREADS": "1", **more}
 

@@ -53,6 +53,14 @@ class _Packed:
     def named(self) -> dict[str, Tensor]:
         return {name + "_scale" * i: part for name, parts in self.parts.items() for i, part in enumerate(parts)}
 
+    def scratch(self) -> int:
+        """Bytes of what :func:`unpack` makes of all places of the keys and the values, in between included."""
+        numbers, size = [parts[0].numel() for parts in self.parts.values()], self.dtype.itemsize
+        if self.form == "bfloat16":
+            return 0 if self.dtype == torch.bfloat16 else sum(numbers) * size
+        # A product with its scale is float32 first: for a model of another type that is a second copy, of the one that is being unpacked.
+        return sum(numbers) * size + (0 if self.dtype == torch.float32 else max(numbers, default=0) * 4)
+
     def picked(self, pick: Pick, filled: int | None) -> _Packed:
         new = _Packed(self.form)
         new.dtype, new.parts = self.dtype, {name: [pick(p, filled) for p in parts] for name, parts in self.parts.items()}
@@ -140,6 +148,14 @@ class PackedRing(Ring):
         new = PackedRing(clock, self.window, self.capacity - self.window, self._packed.picked(pick, None))
         new._index = None if self._index is None else pick(self._index, None)
         return new
+
+
+def scratch(cache: Cache) -> int:
+    """Bytes that a call unpacks beside the cache, at most: all keys and values of the largest layer, since layers run one after another.
+
+    0 for a cache that is not packed, or has no memory yet.
+    """
+    return max((slot._packed.scratch() for layer in cache.layers for slot in layer.values() if isinstance(slot, PackedDense | PackedRing)), default=0)
 
 
 def packed(cache: Cache, form: str) -> Cache:

@@ -141,11 +141,16 @@ def _read_seed(seed: int | Sequence[int] | None, prompts: list[list[int]]) -> tu
         own = []
         for ids in prompts:
             times = seen[tuple(ids)] = seen.get(tuple(ids), -1) + 1
-            own.append(int.from_bytes(hashlib.blake2b(struct.pack(f"<{len(ids) + 1}q", times, *ids), digest_size=8).digest(), "little"))
+            own.append(_seed_of(ids, times))
         return own, seed
     if len(seed) != len(prompts):
         raise SamplerError(f"{len(seed)} seeds were given for {len(prompts)} prompts; give one seed, or one per prompt.")
     return [int(s) for s in seed], 0
+
+
+def _seed_of(ids: list[int], times: int) -> int:
+    """The own seed of a prompt that was there ``times`` times before."""
+    return int.from_bytes(hashlib.blake2b(struct.pack(f"<{len(ids) + 1}q", times, *ids), digest_size=8).digest(), "little")
 
 
 def _read_start(decoder_start: int | Sequence[int] | None, model: Any) -> list[int]:

@@ -120,9 +120,7 @@ class Session:
 
     @property
     def _seeded(self) -> tuple[Link, ...]:
-        """The links, the last one with the seed that is in use."""
-        final = self.sampler.final
-        return (*self.sampler.links[:-1], replace(final, seed=self.state.seed) if hasattr(final, "seed") else final)
+        return _seeded(self.sampler, self.state)
 
     @property
     def ended(self) -> list[bool]:
@@ -263,9 +261,20 @@ class Session:
             )
 
     def _why_nothing(self, logits: Tensor, row: int) -> str:
-        if torch.isnan(logits).any():
-            return f"The model gave NaN logits in row {row} at step {self.drawn}. Record('**') as tap shows at which site they begin."
-        return f"No token is left to choose from in row {row} at step {self.drawn}: every logit is -inf after {self.sampler!r}. Let one of the links keep more."
+        return _why_nothing(logits, self.sampler, f"in row {row} at step {self.drawn}")
+
+
+def _seeded(chain: Chain, state: State) -> tuple[Link, ...]:
+    """The links, the last one with the seed that is in use."""
+    final = chain.final
+    return (*chain.links[:-1], replace(final, seed=state.seed) if hasattr(final, "seed") else final)
+
+
+def _why_nothing(logits: Tensor, chain: Chain, where: str) -> str:
+    """Why a chain left a row nothing to choose from."""
+    if torch.isnan(logits).any():
+        return f"The model gave NaN logits {where}. Record('**') as tap shows at which site they begin."
+    return f"No token is left to choose from {where}: every logit is -inf after {chain!r}. Let one of the links keep more."
 
 
 class Source:

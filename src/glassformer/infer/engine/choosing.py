@@ -10,15 +10,15 @@ Random numbers are counted and not consumed (see :mod:`glassformer.infer.state`)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from glassformer.core.errors import SamplerError
 
-from ..sampler import Chain, Link, Passed
-from ..session import Drawn, _measure
+from ..sampler import Chain, Passed
+from ..session import Drawn, _measure, _seeded, _why_nothing
 from ..state import Own, State, uniform
 from ..trace import Choice
 from ..tracing import measure
@@ -93,12 +93,20 @@ def _groups(jobs: Sequence[Job]) -> list[list[int]]:
     groups: list[tuple[Job, list[int]]] = []
     for row, job in enumerate(jobs):
         for first, rows in groups:
-            if not job.kept and not first.kept and job.top == first.top and (job.chain is first.chain or job.chain == first.chain):
+            if not job.kept and not first.kept and job.top == first.top and _alike(job.chain, first.chain):
                 rows.append(row)
                 break
         else:
             groups.append((job, [row]))
     return [rows for _, rows in groups]
+
+
+def _alike(a: Chain, b: Chain) -> bool:
+    """Whether one call does for both; links that cannot be compared (of tensors, say) are called one by one."""
+    try:
+        return a is b or bool(a == b)
+    except Exception:
+        return False
 
 
 def _draw(jobs: list[Job], logits: Tensor) -> list[Outcome]:
@@ -113,14 +121,18 @@ def _draw(jobs: list[Job], logits: Tensor) -> list[Outcome]:
     drawn: Drawn = _measure(logits, chosen, first.top)
     choices: Sequence[Choice | None] = [None] * len(jobs)
     if passed is not None:
-        choices = measure(logits, passed, _seeded(first), chosen, first.kept, first.drawn)
+        choices = measure(logits, passed, _seeded(chain, first.state), chosen, first.kept, first.drawn)
     ended = [False] * len(jobs)
     if history is not None and any(link.ends for link in chain.links):
         ended = chain.ended(torch.cat([history, chosen.clamp(min=0)[:, None]], dim=1), state)
     return [
-        Outcome(job, token, logprob, top, choice, over, SamplerError(_why_nothing(job, logits[row])) if token < 0 else None)
+        Outcome(job, token, logprob, top, choice, over, _nothing(job, logits[row]) if token < 0 else None)
         for row, (job, token, logprob, top, choice, over) in enumerate(zip(jobs, drawn.ids, drawn.logprobs, drawn.top, choices, ended, strict=True))
     ]
+
+
+def _nothing(job: Job, logits: Tensor) -> SamplerError:
+    return SamplerError(_why_nothing(logits, job.chain, f"at step {job.drawn} of this request"))
 
 
 def _history(jobs: list[Job], chain: Chain, device: torch.device) -> Tensor | None:
@@ -129,15 +141,3 @@ def _history(jobs: list[Job], chain: Chain, device: torch.device) -> Tensor | No
         return None
     longest = max(len(job.ids) for job in jobs)
     return torch.tensor([[-1] * (longest - len(job.ids)) + job.ids for job in jobs], device=device)
-
-
-def _seeded(job: Job) -> tuple[Link, ...]:
-    """The links, the last one with the seed that is in use."""
-    final = job.chain.final
-    return (*job.chain.links[:-1], replace(final, seed=job.state.seed) if hasattr(final, "seed") else final)
-
-
-def _why_nothing(job: Job, logits: Tensor) -> str:
-    if torch.isnan(logits).any():
-        return f"The model gave NaN logits at step {job.drawn} of this request. Record('**') as tap shows at which site they begin."
-    return f"No token is left to choose from at step {job.drawn} of this request: every logit is -inf after {job.chain!r}. Let one of the links keep more."

@@ -26,7 +26,7 @@ import torch
 from glassformer.core.cache import Ring
 from glassformer.core.errors import Cancelled, EngineError, InputError, QueueFull, SamplerError
 from glassformer.core.modes import deterministic as in_mode, evaluating
-from glassformer.core.packed_cache import FORMS
+from glassformer.core.packed_cache import FORMS, scratch
 
 from ..generate import Generated
 from ..options import Options, Prompt, read_prompts
@@ -47,7 +47,8 @@ class Engine:
     ``prefill_chunk``: prompt tokens read per step, so that a long prompt does not stop the others. ``cache_dtype``: None keeps keys and values as
     the model makes them, ``"bfloat16"`` and ``"int8"`` (a scale per vector) shorter. ``prefix``: take over what another row has read of the same
     beginning. ``deterministic``: a request's tokens and log-probabilities to the last bit what they are alone, whoever else is at work (slower).
-    ``memory``: bytes for the cache (``"2 GB"``), which may mean fewer slots. ``eos_id``, ``seed``: for requests that say none.
+    ``memory``: bytes for the cache (``"2 GB"``) and for what a call unpacks of it where ``cache_dtype`` is said, which may mean fewer slots.
+    ``eos_id``, ``seed``: for requests that say none.
 
     What a step computes with comes on top of the cache: at most ``prefill_chunk`` tokens of prompts and one of every request. Prompts of requests
     with a tap, of encoders, and beyond the reach of rotary positions that look at the length (LongRope, DynamicNTKScaling) are read in one piece.
@@ -91,7 +92,8 @@ class Engine:
         self._device = _device(model)
         with torch.no_grad(), evaluating(model), in_mode(deterministic):
             if memory is not None:
-                self.slots = slots_in(memory, Rows(model, 1, self.capacity, self._device, 1, False, cache_dtype).cache.bytes, slots)
+                one = Rows(model, 1, self.capacity, self._device, 1, False, cache_dtype).cache
+                self.slots = slots_in(memory, one.bytes + scratch(one), slots)
             self._rows = Rows(model, self.slots, self.capacity, self._device, prefill_chunk, prefix, cache_dtype)
         if deterministic and cache_dtype is not None and any(isinstance(slot, Ring) for layer in self._rows.cache.layers for slot in layer.values()):
             raise InputError(
@@ -128,6 +130,14 @@ class Engine:
         """
         if not isinstance(request, Request):
             raise InputError(f"submit() takes a Request, but {type(request).__name__} was given: engine.submit(Request(prompt, max_new_tokens=50)).")
+        try:
+            return self._submit(request)
+        except QueueFull:
+            with self._lock:
+                self._counters.refused += 1
+            raise
+
+    def _submit(self, request: Request) -> Ticket:
         with self._lock:
             self._check_open(request.user)  # before the work of reading it, which a crowd at the door would make in vain
         job = read(request, self.model, self.tokenizer, self.eos_id, self.seed, self._device)
@@ -146,11 +156,7 @@ class Engine:
     def _check_open(self, user: str) -> None:
         if self._closing:
             raise EngineError("The engine is stopping and takes no more requests: start() makes it take them again.")
-        try:
-            self._waiting.check(user)
-        except QueueFull:
-            self._counters.refused += 1
-            raise
+        self._waiting.check(user)
 
     def generate(self, prompts: Prompt, *, user: str = "", **options: Unpack[Options]) -> list[Generated]:
         """Many prompts, in order: what ``generate(model, prompts, **options)`` gives, however many there are. Raises what ended the first that failed."""
@@ -180,7 +186,7 @@ class Engine:
         self.check_thread()
         while True:
             try:
-                return self.submit(request)
+                return self._submit(request)
             except QueueFull:
                 if not self.running:
                     self.step()
@@ -245,7 +251,10 @@ class Engine:
                     return
                 job = self._waiting.take()
                 self._lock.notify_all()  # somebody may wait for a place in the queue
-            self._counters.prefix_tokens += self._rows.admit(job)
+            try:
+                self._counters.prefix_tokens += self._rows.admit(job)
+            except Exception as error:
+                self._end(job, error)
 
     def _read(self, job: Job, n: int) -> None:
         before = job.held
@@ -287,8 +296,20 @@ class Engine:
                 self._end(o.job, None)
 
     def _end(self, job: Job, error: Exception | None) -> None:
+        generated: Generated | None = None
+        if error is None:
+            try:
+                generated = job.row.result()
+            except Exception as wrong:
+                error = wrong
         spoilt = job.tap is not None or (error is not None and not isinstance(error, Cancelled))
-        self._rows.leave(job, spoilt)
+        try:
+            self._rows.leave(job, spoilt)
+        finally:  # whatever becomes of the row, nobody waits for ever
+            self._count(error)
+            job.ticket._end(generated, error)
+
+    def _count(self, error: Exception | None) -> None:
         c = self._counters
         if error is None:
             c.finished += 1
@@ -296,7 +317,6 @@ class Engine:
             c.cancelled += 1
         else:
             c.failed += 1
-        job.ticket._end(job.row.result() if error is None else None, error)
 
     # A thread of its own
 
@@ -358,8 +378,12 @@ class Engine:
                 self.step()
             except Exception as error:  # no request is left waiting for a thread that is no more
                 with self._turn:
-                    for job in list(self._rows.jobs):
-                        self._end(job, error)
+                    jobs = list(self._rows.jobs)
+                    self._rows.empty()
+                    for job in jobs:
+                        if not job.ticket.done:
+                            self._count(error)
+                            job.ticket._end(None, error)
 
     # Counting
 

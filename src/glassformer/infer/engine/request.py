@@ -16,7 +16,7 @@ from glassformer.core.tap import Tap
 
 from ..generate import _Row
 from ..named import Settings, eos_ids
-from ..options import MAX_NEW_TOKENS, Options, Prompt, _checked, _read_sampler, _read_seed, _read_start, read_prompts
+from ..options import MAX_NEW_TOKENS, Options, Prompt, _checked, _read_sampler, _read_seed, _read_start, _seed_of, read_prompts
 from ..sampler import Chain
 from ..state import State
 from ..text import StopStrings
@@ -107,10 +107,11 @@ def read(request: Request, model: Any, tokenizer: Any, eos_id: Any, seed: int | 
     prompt = prompts[0]
     check_ids(prompt, model)
     chain = _read_sampler(sampler, own_seed, given, tokenizer, ends, limit)
-    seeds, run_seed = _read_seed(seed, prompts if isinstance(seed, (list, tuple)) else prompts * (request.sample + 1))
+    # The seed of this answer only: those of the samples before it are other requests'.
+    seeds, run_seed = ([_seed_of(prompt, request.sample)], seed) if seed is None or isinstance(seed, int) else _read_seed(seed, prompts)
     translates = hasattr(model, "encode") and hasattr(model, "decode")
     if start is not None and not translates:
         raise InputError("decoder_start is for encoder-decoder models; this one continues the prompt itself.")
     ids = list(_read_start(start, model)) if translates else list(prompt)
     row = _Row(0, prompt, tokenizer, limit, eos_ids(ends, tokenizer), StopStrings(stops), [] if translates else prompt, choices=[] if kept else None)
-    return Job(row, ids, chain, chain.state(1, seeds[-1:], run_seed, device), prompt if translates else None, tap, top, kept, request.user)
+    return Job(row, ids, chain, chain.state(1, seeds, run_seed, device), prompt if translates else None, tap, top, kept, request.user)

@@ -87,6 +87,9 @@ class Rows:
 
     def leave(self, job: Job, spoilt: bool) -> None:
         """Free a job's row; the last job moves there. ``spoilt``: what it holds is wiped, and never taken over."""
+        if not any(j is job for j in self.jobs):  # it failed on the way in: what the free rows hold is uncertain
+            self.texts[len(self.jobs) :] = [[] for _ in range(self.free)]
+            return
         row, last = self._row(job), len(self.jobs) - 1
         if spoilt:
             self._views.clear()  # one may have been left in the middle of a call
@@ -96,6 +99,13 @@ class Rows:
         self.jobs.pop()
         self.left += 1
         self.used[last] = self.left
+
+    def empty(self) -> None:
+        """Free all rows, wiped: for when nobody knows any more what they hold."""
+        self.jobs.clear()
+        self._views.clear()
+        for row in range(self.slots):
+            self._clear(row, wipe=True)
 
     def _row(self, job: Job) -> int:
         return next(row for row, j in enumerate(self.jobs) if j is job)

@@ -14,9 +14,10 @@ class Stats:
     """An engine at one moment.
 
     ``waiting``, ``running``, ``slots``, ``capacity``, ``bytes`` are the state of the moment. All others only grow: requests ``submitted``, of
-    which ``finished``, ``cancelled``, ``failed``; ``refused`` by a full queue; ``tokens`` generated; ``prompt_tokens`` read; ``prefix_tokens``
-    taken over instead; ``steps`` and the ``seconds`` they took; ``first_tokens`` and the seconds they were waited for, in all
-    (``first_token_seconds``) and ``first_token_counts``: how many waited at most ``BOUNDS[i]`` and more than the bound before (last: longer than all).
+    which ``finished``, ``cancelled``, ``failed``; ``refused``: turned away by a full queue (``Engine.generate`` waits for a place, and is not counted);
+    ``tokens`` generated; ``prompt_tokens`` read; ``prefix_tokens`` taken over instead; ``steps`` and the ``seconds`` they took;
+    ``first_tokens`` and the seconds they were waited for, in all (``first_token_seconds``) and ``first_token_counts``: how many waited at most
+    ``BOUNDS[i]`` and more than the bound before (last: longer than all).
     """
 
     waiting: int

@@ -9,17 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import traceback
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from glassformer.core.errors import Cancelled, EngineError
+from glassformer.core.errors import Cancelled, EngineError, GlassformerWarning
 
 from ..generate import Generated, Token
 
 if TYPE_CHECKING:
     from .engine import Engine
     from .request import Request
+
+
+@dataclass(eq=False)
+class _Listener:
+    """Somebody who is told of every token: which is next, and whether a thread is about to tell it."""
+
+    fn: Callable[[Token], object]
+    at: int = 0
+    busy: bool = False
 
 
 class Ticket:
@@ -39,7 +51,7 @@ class Ticket:
         self.finished: float | None = None
         self._generated: Generated | None = None
         self._changed = threading.Condition()
-        self._on_token: list[Callable[[Token], object]] = []
+        self._on_token: list[_Listener] = []
         self._on_done: list[Callable[[Ticket], object]] = []
 
     # What a user does with it
@@ -77,22 +89,31 @@ class Ticket:
         self.engine._cancel(self)
 
     def on_token(self, fn: Callable[[Token], object]) -> None:
-        """Call ``fn(token)`` with every token, those that have come first; in the thread that steps. An exception of ``fn`` ends the request."""
+        """Call ``fn(token)`` with every token once, in order: at once with those that have come, later ones in the thread that steps.
+
+        An exception of ``fn`` ends the request; one at a token that has come already is raised here instead, and ``fn`` hears no more.
+        """
+        listener = _Listener(fn)
         with self._changed:
-            for token in self.tokens:
-                fn(token)
-            self._on_token.append(fn)
+            if not self.done:
+                self._on_token.append(listener)
+        try:
+            self._tell(listener)
+        except BaseException:
+            with self._changed:
+                self._on_token = [other for other in self._on_token if other is not listener]
+            raise
 
     def on_done(self, fn: Callable[[Ticket], object]) -> None:
         """Call ``fn(ticket)`` once nothing more will come: finished, cancelled or failed; at once if that is so already.
 
-        An exception of ``fn`` becomes the request's ``error`` if it has none.
+        The answer may have been handed out by then, so an exception of ``fn`` changes nothing about it and is a :class:`GlassformerWarning`.
         """
         with self._changed:
             if not self.done:
                 self._on_done.append(fn)
                 return
-        fn(self)
+        self._tell_end(fn)
 
     async def astream(self) -> AsyncIterator[Token]:
         """The tokens as they come, for a coroutine; needs a started engine. Leaving the loop early cancels the request."""
@@ -127,8 +148,30 @@ class Ticket:
             self.first = self.first or perf_counter()
             self.tokens.append(token)
             self._changed.notify_all()
-            for fn in self._on_token:
-                fn(token)
+            listeners = list(self._on_token)
+        wrong: list[Exception] = []
+        for listener in listeners:
+            try:
+                self._tell(listener)
+            except Exception as error:  # the others hear of the token nevertheless
+                wrong.append(error)
+        if wrong:
+            raise wrong[0]
+
+    def _tell(self, listener: _Listener) -> None:
+        """Tell of all tokens that have come; where another thread is about that already, it does these, too."""
+        with self._changed:
+            if listener.busy:
+                return
+            listener.busy = True
+        while True:
+            with self._changed:
+                if listener.at == len(self.tokens):
+                    listener.busy = False
+                    return
+                token = self.tokens[listener.at]
+                listener.at += 1
+            listener.fn(token)  # without the lock: it may take its time, and ask the ticket; one that raises stays busy, and hears no more
 
     def _end(self, generated: Generated | None, error: Exception | None = None) -> None:
         with self._changed:
@@ -139,10 +182,17 @@ class Ticket:
             self._on_token = []
             self._changed.notify_all()
         for fn in told:
+            self._tell_end(fn)
+
+    def _tell_end(self, fn: Callable[[Ticket], object]) -> None:
+        try:
+            fn(self)
+        except Exception as error:
+            said = f"A callback of on_done, {fn!r}, raised {type(error).__name__}: {error}. The request had ended before, and stays as it was."
             try:
-                fn(self)
-            except Exception as wrong:  # whose callback it was is to know, and nobody else
-                self.error = self.error or wrong
+                warnings.warn(said, GlassformerWarning, stacklevel=3)
+            except GlassformerWarning as strict:  # where warnings are errors: other requests of this step are to go on
+                traceback.print_exception(strict)
 
     def __repr__(self) -> str:
         state = "waiting or running" if not self.done else "cancelled" if self.cancelled else "failed" if self.error else "finished"
