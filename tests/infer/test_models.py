@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from glassformer.core.errors import CacheError, InputError, SiteError
+from glassformer.core.errors import CacheError, InputError, SamplerError, SiteError
 from glassformer.core.mask import Window
 from glassformer.core.tap import Edit, Record
-from glassformer.infer import Draw, Greedy, Penalties, Session, Temperature, TopK, TopP, generate
+from glassformer.infer import Draw, Greedy, Penalties, Session, Temperature, TopK, TopP, generate, stream
 from glassformer.models.block import Block
 from glassformer.models.encoder_decoder import EncoderDecoder
 from glassformer.models.transformer import Decoder, Encoder
@@ -18,6 +18,8 @@ from glassformer.parts.norm import LayerNorm, RMSNorm
 from glassformer.parts.position import ALiBi, Learned, T5Buckets
 from glassformer.parts.readout import Classifier, States, Tagger, Vector
 from glassformer.parts.rotary import Rotary
+from glassformer.weights.own import Loaded
+from infer.fake import Pieces
 
 torch.set_num_threads(1)
 
@@ -321,3 +323,19 @@ def test_the_source_is_encoded_once_and_the_cross_slot_filled_once(translator):
     assert encoded == ["step.0.encoder.blocks.0.resid_post", "step.0.encoder.blocks.1.resid_post"]
     assert tap["step.3.decoder.blocks.1.cross.pattern"].shape == (1, H, 1, 7)
     assert cache.slot(0, "cross").keys.shape == (1, H, 7, D // H)
+
+
+def test_a_model_speaks_by_itself_and_what_load_gives_brings_its_tokenizer(model, tmp_path):
+    """``model.generate`` and ``generate`` are one; of a checkpoint the tokenizer and the end of a text hold where no others are said."""
+    assert model.generate([1, 2, 3], max_new_tokens=4, top_k=5, seed=7) == generate(model, [1, 2, 3], max_new_tokens=4, top_k=5, seed=7)
+    assert str(model.generation(temperature=0.5, top_k=5, seed=7, order="llama.cpp")) == "TopK(k=5) | Temperature(t=0.5) | Draw(seed=7)"
+    with pytest.raises(SamplerError, match=r"There is no option 'temperatur'\. Did you mean 'temperature'"):
+        model.generate([1], temperatur=1)
+
+    words = Pieces(*map(chr, range(97, 97 + V)))
+    want = generate(model, "abc", tokenizer=words, max_new_tokens=4)
+    loaded = Loaded(model, words, {"generation": {"eos_token_id": want.ids[1]}})  # type: ignore[arg-type]
+    assert generate(loaded, "abc", max_new_tokens=4, eos_id=()) == want
+    short = generate(loaded, "abc", max_new_tokens=4)
+    assert (short.ids, short.finish_reason) == (want.ids[: want.ids.index(want.ids[1]) + 1], "eos")
+    assert "".join(token.text for token in stream(loaded, "abc", max_new_tokens=4, eos_id=())) == want.text

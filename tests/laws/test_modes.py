@@ -50,7 +50,9 @@ def test_dropout_works_in_training_only_and_by_the_seed(where):
     with torch.no_grad():
         assert not torch.equal(call(model, tokens()), a)
     model.eval()
-    assert torch.equal(seeded(model), call(model, tokens()).detach()) and not torch.equal(seeded(model), a)
+    torch.manual_seed(4)
+    with torch.no_grad():  # as in seeded(): on some processors the last bit depends on whether a graph is kept
+        assert torch.equal(call(model, tokens()), seeded(model)) and not torch.equal(seeded(model), a)
 
 
 @pytest.mark.parametrize("where", DROPOUTS)

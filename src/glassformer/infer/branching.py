@@ -47,7 +47,7 @@ from .combining import combine
 from .named import Settings, eos_ids
 from .options import Options, _checked, _read_sampler, _read_seed, _read_start, read_prompts
 from .sampler import Passed
-from .session import Session, Source, _boundaries, position_limit
+from .session import Session, Source, _boundaries, opened, position_limit
 
 ROOM, KEEP = 256, 8
 SUFFIXES = (".html", ".json", ".txt")
@@ -152,13 +152,10 @@ class Branches:
     """
 
     def __init__(self, model: Any, prompt: str | Sequence[int], *, keep: int = KEEP, **options: Unpack[Options]):
-        loaded = hasattr(model, "model") and hasattr(model, "eos_ids")
-        given: dict[str, Any] = dict(options)
-        if loaded:
-            given, model = {"tokenizer": model.tokenizer, "eos_id": model.eos_ids} | given, model.model
+        model, theirs = opened(model)
         if keep < 1:
             raise InputError(f"keep is how many sessions stay in memory, 1 or more; {keep} was given.")
-        self.model, given = combine(model, _checked(given))
+        self.model, given = combine(model, _checked(theirs | options))
         known = {name: given.pop(name, None) for name in TAKEN}
         refused = [name for name, value in given.items() if name not in hints(Settings) and value not in (None, (), 0, False)]
         if refused:

@@ -37,7 +37,7 @@ from .options import MAX_NEW_TOKENS, Options, Prompt, _checked, _read_sampler, _
 from .sampler import Chain, Link
 from .search import BeamRun, BeamTree
 from .searching import NO_STREAM, Searching, read_searching
-from .session import Session, Source
+from .session import Session, Source, opened, vocabulary
 from .speculative import Speculative
 from .text import Detokenizer, StopStrings
 from .trace import Choice, Names, Trace, read_trace
@@ -124,6 +124,8 @@ def generate(model: Any, prompt: Prompt, *, stream: Callable[[Token], object] | 
 
     For an encoder-decoder the prompt is the source, and the target begins with ``decoder_start``.
 
+    ``model`` may be what ``load`` gives: then its tokenizer and its end-of-sequence are used if no others are said.
+
     Raises :class:`InputError` for prompts that cannot be read or will not fit, :class:`CacheError` for a cache too small,
     :class:`SamplerError` for an option of another name and for settings that make no sense; all before the model runs.
     """
@@ -158,19 +160,16 @@ def generation(model: Any, **options: Unpack[Options]) -> Chain:
     concern the choice (``stop``, ``cache``, …) may stand there too. Raises what :func:`generate` raises, and :class:`SamplerError` for
     tokens outside the model's vocabulary.
     """
-    loaded = hasattr(model, "model") and hasattr(model, "eos_ids")
-    given = _checked(options)
-    tokenizer = given.get("tokenizer", model.tokenizer if loaded else None)
-    eos_id = given.get("eos_id", model.eos_ids if loaded else None)
-    seed = given.get("seed")
+    model, own = opened(model)
+    given = _checked(own | options)
+    tokenizer, eos_id, seed = given.get("tokenizer"), given.get("eos_id"), given.get("seed")
     sampling = {name: value for name, value in given.items() if name in hints(Settings)}
     if given.get("penalty_alpha"):
         sampling["do_sample"] = False  # contrastive search chooses by itself
     chain = _read_sampler(given.get("sampler"), seed, sampling, tokenizer, eos_id, given.get("max_new_tokens", MAX_NEW_TOKENS))
     if given.get("sampler") is None and isinstance(seed, int):
         chain = chain.replace(links=tuple(Draw(seed) if isinstance(link, Draw) else link for link in chain.links))
-    spec = getattr(model.model if loaded else model, "spec", None)
-    size = getattr(getattr(spec, "decoder", spec), "vocab_size", None)
+    size = vocabulary(model)
     for _ in chain.steps(torch.zeros(1, size)) if size else ():  # every link meets the vocabulary
         pass
     return chain
@@ -256,7 +255,8 @@ class _Run:
         **options: Any,
     ) -> _Run:
         """Read the options and check them against each other; nothing runs but an encoder."""
-        searching, given = read_searching(_checked(options))
+        model, own = opened(model)
+        searching, given = read_searching(_checked(own | options))
         model, given = combine(model, given)
         with deterministic(bool(given.get("deterministic"))):
             run = _Run._read(model, prompt, **given)

@@ -20,7 +20,7 @@ from glassformer.core.fields import described
 from glassformer.core.spec import Spec, part
 from glassformer.core.tap import Tap
 
-from .session import _check_readout, vocabulary
+from .session import _check_readout, opened, vocabulary
 
 DRAFT_TOKENS = 5
 
@@ -78,9 +78,8 @@ class DraftModel:
     """
 
     def __init__(self, model: Any, tap: Tap | None = None):
-        loaded = hasattr(model, "model") and hasattr(model, "eos_ids")
-        self.model: Any = model.model if loaded else model
-        self.tokenizer: Any = model.tokenizer if loaded else None
+        self.model, own = opened(model)
+        self.tokenizer: Any = own.get("tokenizer")
         self.tap = tap
         _check_readout(self.model)
         if not hasattr(self.model, "cache"):

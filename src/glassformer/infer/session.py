@@ -314,6 +314,13 @@ def position_limit(model: Any) -> int | None:
     return min((m.spec.max_positions for m in decoder.modules() if isinstance(m, LearnedLayer)), default=None)
 
 
+def opened(model: Any) -> tuple[Any, dict[str, Any]]:
+    """A model as it may be given: itself, or what ``load`` gives, whose tokenizer and ends of a text then hold where no others are said."""
+    if hasattr(model, "model") and hasattr(model, "eos_ids"):
+        return model.model, {"tokenizer": model.tokenizer, "eos_id": model.eos_ids}
+    return model, {}
+
+
 def vocabulary(model: Any) -> int | None:
     """How many tokens a model's logits tell apart; None for one whose Spec does not say."""
     spec = getattr(getattr(model, "decoder", model), "spec", None)

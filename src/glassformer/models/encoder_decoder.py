@@ -25,6 +25,7 @@ from glassformer.core.tap import Tap
 from glassformer.parts.readout import States
 
 from .anatomy import Anatomy
+from .speaking import Speaking
 from .transformer import Decoder, Encoder, TransformerModel, finish
 
 
@@ -71,7 +72,7 @@ class EncoderDecoder(Spec):
         return made
 
 
-class EncoderDecoderModel(Anatomy, nn.Module):
+class EncoderDecoderModel(Anatomy, Speaking, nn.Module):
     """A built :class:`EncoderDecoder`."""
 
     def __init__(self, spec: EncoderDecoder):

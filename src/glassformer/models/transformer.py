@@ -38,6 +38,7 @@ from . import program
 from .anatomy import Anatomy
 from .block import Block
 from .init import GPT2_INIT, Init
+from .speaking import Speaking
 
 
 class Transformer(Spec):
@@ -136,7 +137,7 @@ class Encoder(Transformer):
         return Everything()
 
 
-class TransformerModel(Anatomy, nn.Module):
+class TransformerModel(Anatomy, Speaking, nn.Module):
     """A built :class:`Decoder` or :class:`Encoder`; ``spec`` is what it was built from."""
 
     def __init__(self, spec: Transformer, d_memory: int | None = None):

@@ -33,6 +33,7 @@ from glassformer.parts.packed import Packed
 if TYPE_CHECKING:
     from glassformer.text import Tokenizer
 
+ALIGNED = 64  # bytes: where torch itself puts a tensor
 FORMAT = 1
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 ORIGIN = ("config", "generation", "training")
@@ -231,6 +232,8 @@ def _fill(model: Any, file: Path, device: torch.device, dtype: torch.dtype | Non
                         f"{file}: {name!r} has shape {shape}, but the model needs {tuple(parameter.shape)}: the two files belong to different models."
                     )
                 x = tensors.get_tensor(name)
+                if x.device.type == "cpu" and x.data_ptr() % ALIGNED:  # some matrix libraries sum in another order from such a place
+                    x = x.clone()
                 assign(model, name, x if dtype is None else x.to(parameter.dtype))
     except FileNotFoundError as error:
         raise WeightsError(f"{file} is missing: the folder holds a description but no parameters.") from error

@@ -30,7 +30,7 @@ from glassformer.core.packed_cache import FORMS, scratch
 
 from ..generate import Generated
 from ..options import Options, Prompt, read_prompts
-from ..session import COMPILED, _check_readout, _device, position_limit
+from ..session import COMPILED, _check_readout, _device, opened, position_limit
 from .choosing import Outcome, choose
 from .limits import check_job, slots_in
 from .request import Job, Request, read
@@ -77,9 +77,8 @@ class Engine:
                 raise InputError(f"Engine({name}={number!r}): a whole number of 1 or more.")
         if cache_dtype is not None and cache_dtype not in FORMS:
             raise InputError(f"Engine(cache_dtype={cache_dtype!r}): {' or '.join(map(repr, FORMS))}, or None for the model's own.")
-        if hasattr(model, "model") and hasattr(model, "eos_ids"):  # what load() gives
-            tokenizer = model.tokenizer if tokenizer is None else tokenizer
-            eos_id, model = model.eos_ids if eos_id is None else eos_id, model.model
+        model, own = opened(model)
+        tokenizer, eos_id = own.get("tokenizer") if tokenizer is None else tokenizer, own.get("eos_id") if eos_id is None else eos_id
         _check_readout(model)
         if not hasattr(model, "cache") or getattr(model, "tells_drawn", False):
             raise InputError("An engine needs a model of one pass with a cache, not one combined of several: generate() runs those.")
