@@ -7,6 +7,7 @@ readers have a trained one. A block after ``<!-- not run: reason -->`` is only c
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import shutil
@@ -18,6 +19,7 @@ import typer
 
 import glassformer as gf
 import warm
+from glassformer.cli import app as cli
 from glassformer.cli.app import app
 from glassformer.cli.recipe import read_recipe
 
@@ -121,6 +123,25 @@ def test_command_lines_are_found_and_wrong_ones_refused() -> None:
             parse(f"glassformer {wrong}")
     with pytest.raises(AssertionError, match="'lern' is none of train"):
         parse("glassformer lern it")
+
+
+SAMPLERS = [p for p in PAGES if p.parent.name == "generate" and "look.sampling(" in p.read_text(encoding="utf-8") and p.name != "README.md"]
+
+
+@pytest.mark.parametrize("path", SAMPLERS, ids=lambda p: p.stem)
+def test_the_command_of_a_sampler_s_page_gives_the_text_of_its_program(path: Path, tmp_path: Path, books: Path, monkeypatch, capsys) -> None:
+    """What a command has of its own (a temperature of 0.8, a top-k of 40) is taken back in it."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "books").symlink_to(books)
+    monkeypatch.chdir(tmp_path)
+    text = path.read_text(encoding="utf-8")
+    page = [statement for statement in ast.parse(program(text)).body if "look.sampling" not in ast.unparse(statement) and "found" not in ast.unparse(statement)]
+    exec(compile(ast.Module(page, []), path.name, "exec"), {})
+    said = capsys.readouterr().out
+    (line,) = [line for _, line in commands(text) if line.startswith("glassformer generate")]
+    _, name, folder, prompt, *options = shlex.split(line)
+    assert cli.main([name, folder, prompt, *options]) == 0
+    assert capsys.readouterr().out == prompt + said
 
 
 def test_links_inside_the_repository_lead_somewhere() -> None:

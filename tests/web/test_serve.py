@@ -42,7 +42,7 @@ def begun(folder: Path, *more: str) -> tuple[warm.Program, str]:
 
 
 def test_a_signal_lets_the_running_answer_finish(folder: Path) -> None:
-    program, url = begun(folder, "--name", "mine", "--slots", "2", "--capacity", "300")
+    program, url = begun(folder, "--name", "mine", "--slots", "2", "--capacity", "300", "--log")
     assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "mine"
     lines: list[str] = []
     started, refused = threading.Event(), []
@@ -71,6 +71,7 @@ def test_a_signal_lets_the_running_answer_finish(folder: Path) -> None:
     assert events[-1]["usage"]["completion_tokens"] == 250
     assert program.wait(60) == 0
     assert program.errors().rstrip().endswith("stopped")
+    assert '"GET /v1/models HTTP/1.1" 200' in program.errors()  # --log: a line for every request, with all else that is said
 
 
 def test_beyond_loopback_without_a_key_it_warns(folder: Path) -> None:

@@ -6,6 +6,7 @@ second signal, or drain_seconds over ──────────────�
 
 from __future__ import annotations
 
+import copy
 import socket
 import sys
 import time
@@ -49,7 +50,11 @@ def serve(app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000, log: str =
     Raises :class:`InputError` if nobody can listen there.
     """
     served: Served = app.state.served
-    config = uvicorn.Config(app, host=host, port=port, log_level=log, access_log=log == "info", timeout_graceful_shutdown=5, lifespan="on", server_header=False)
+    written = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    written["handlers"]["access"]["stream"] = "ext://sys.stderr"  # with all else that is said
+    config = uvicorn.Config(
+        app, host=host, port=port, log_level=log, access_log=log == "info", log_config=written, timeout_graceful_shutdown=5, lifespan="on", server_header=False
+    )
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.socket(family=family)
