@@ -314,6 +314,14 @@ def test_a_whole_text_ends_its_row_without_an_end_of_sequence():
     assert generate(Bigram.random(3), [0], tokenizer=tokenizer, regex="abc", max_new_tokens=3).finish_reason == "stop"
 
 
+def test_the_empty_text_alone_is_refused_where_nothing_can_say_it():
+    tokenizer = train("characters", texts=["abc"])
+    with pytest.raises(SamplerError, match="The regular expression allows the empty text alone, which is no token, and the model has no end-of-sequence"):
+        Constrained(Regex(""), tokenizer)
+    assert Constrained(Regex("a?"), tokenizer).rule == Regex("a?")
+    assert Constrained(Regex(""), tokenizer, eos=(0,)).eos == (0,)
+
+
 def test_end_of_sequence_is_allowed_exactly_where_the_text_may_end():
     tokenizer = FewWithEnd("<end>", "a", "b")
     model = Bigram(torch.tensor([[9.0, 0, 0]] * 3))  # wants to end

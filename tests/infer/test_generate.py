@@ -107,6 +107,10 @@ def test_nothing_left_to_choose_is_an_error_that_names_row_and_step():
     table[2] = float("nan")
     with pytest.raises(SamplerError, match="NaN logits in row 0 at step 1"):
         generate(Bigram(table), [0], max_new_tokens=3)
+    for huge in (3e38, float("inf")):
+        table[2] = torch.tensor([0.0, huge, 0.0, 0.0])
+        with pytest.raises(SamplerError, match=r"gave a logit of (3e\+38|inf) in row 0 at step 1, of which no probability can be worked out"):
+            generate(Bigram(table), [0], max_new_tokens=3, temperature=0.01, seed=0)
 
 
 # Endings

@@ -335,7 +335,8 @@ def test_a_model_speaks_by_itself_and_what_load_gives_brings_its_tokenizer(model
     words = Pieces(*map(chr, range(97, 97 + V)))
     want = generate(model, "abc", tokenizer=words, max_new_tokens=4)
     loaded = Loaded(model, words, {"generation": {"eos_token_id": want.ids[1]}})  # type: ignore[arg-type]
-    assert generate(loaded, "abc", max_new_tokens=4, eos_id=()) == want
+    assert generate(loaded, "abc", max_new_tokens=4, eos_id=()) == loaded.generate("abc", max_new_tokens=4, eos_id=()) == want
+    assert str(loaded.generation(min_new_tokens=2)) == f"MinNewTokens(n=2, eos=({want.ids[1]},)) | Greedy()"
     short = generate(loaded, "abc", max_new_tokens=4)
     assert (short.ids, short.finish_reason) == (want.ids[: want.ids.index(want.ids[1]) + 1], "eos")
     assert "".join(token.text for token in stream(loaded, "abc", max_new_tokens=4, eos_id=())) == want.text

@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 
+import glassformer as gf
 from glassformer.core.errors import InputError
 from glassformer.infer.named import Settings
 from glassformer.web import Limits, create_app
@@ -50,7 +51,7 @@ def refused(server: serving.Running, path: str, body: Any, status: int = 400, **
         (COMPLETION, {"prompt": "x", "top_p": "0.5"}, "top_p", "top_p: a number is needed, but '0.5' was given"),
         (COMPLETION, {"prompt": "x", "temperature": -1}, "temperature", "a number of 0 or more is needed, but -1 was given"),
         (COMPLETION, {"prompt": "x", "n": 0}, "n", "n: a number of 1 or more is needed, but 0 was given"),
-        (COMPLETION, {"prompt": "x", "n": 65}, "n", "1 prompts with n=65 are 65 answers, and one request has at most 64"),
+        (COMPLETION, {"prompt": "x", "n": 65}, "n", "One prompt with n=65 would be 65 answers, and one request has at most 64"),
         (COMPLETION, {"prompt": "x", "stream": 1}, "stream", "true or false is needed, but 1 was given"),
         (COMPLETION, {"prompt": "x", "stop": ["a", 5]}, "stop.1", "stop.1: a text is needed, but 5 was given"),
         (COMPLETION, {"prompt": "x", "stop": [""]}, "stop", "A stop string is empty"),
@@ -63,6 +64,21 @@ def refused(server: serving.Running, path: str, body: Any, status: int = 400, **
         (COMPLETION, {"prompt": "x", "best_of": 3}, "best_of", "best_of is 3 and n is 1"),
         (COMPLETION, {"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options", "give stream=true too"),
         (COMPLETION, {"prompt": "x", "logit_bias": {"9999": 1}}, "logit_bias", "9999"),
+        (COMPLETION, {"prompt": "x", "logit_bias": {"-1": 1}}, "logit_bias", "logit_bias names the token '-1', and ids are whole numbers from 0 on"),
+        (COMPLETION, {"prompt": "x", "logit_bias": {"1.5": 1}}, "logit_bias", "logit_bias names the token '1.5'"),
+        (
+            COMPLETION,
+            {"prompt": "x", "stop_token_ids": [9999]},
+            "stop_token_ids",
+            "stop_token_ids holds id 9999, but the vocabulary has 2048 tokens, 0 to 2047",
+        ),
+        (COMPLETION, {"prompt": "x", "stop": "x" * 20_000}, "stop", "a text of at most 10,000 characters is needed"),
+        (COMPLETION, {"prompt": "x", "xtc_probability": 3}, "xtc_probability", "probability"),
+        (COMPLETION, {"prompt": "x", "typical_p": 0}, "typical_p", "typical sampling takes"),
+        (COMPLETION, {"prompt": "x", "dry_multiplier": -1}, "dry_multiplier", "DRY"),
+        (COMPLETION, {"prompt": "x", "json_schema": False}, "json_schema", "an object or true is needed, but false was given"),
+        (COMPLETION, {"prompt": None}, "prompt", "but null was given"),
+        (COMPLETION, {"prompt": ["x"] * 65}, "prompt", "65 prompts with n=1 would be 65 answers"),
         (COMPLETION, {"prompt": "x", "mirostat": 2, "top_k": 5}, "top_k", "leave top_k out"),
         (COMPLETION, {"prompt": "x", "xtc_threshold": 0.2}, "xtc_threshold", "xtc_threshold was given without xtc_probability"),
         (COMPLETION, {"prompt": "x", "repeat_penalty": 1.1, "repetition_penalty": 1.2}, "repetition_penalty", "two names of one thing"),
@@ -111,8 +127,9 @@ def test_a_prompt_longer_than_the_context_says_both_numbers(server: serving.Runn
     assert "context here is 256 tokens" in error["message"]
     assert "260" in error["message"]
     assert "250 of the prompt, 10 of the answer" in error["message"]
-    error = refused(server, CHAT, {"messages": [{"role": "user", "content": "word " * 500}]})
-    assert error["code"] == "context_length_exceeded"
+    for more in ({}, {"max_tokens": 4}):
+        error = refused(server, CHAT, {"messages": [{"role": "user", "content": "word " * 500}]} | more)
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
 
 
 def test_every_setting_of_the_sampler_may_be_said() -> None:
@@ -256,7 +273,7 @@ def test_a_body_of_another_type_is_a_415(server: serving.Running, sent: str) -> 
     got = httpx.post(f"{server.url}{COMPLETION}", content=b'{"prompt": "x"}', headers={"Content-Type": sent} if sent else {})
     assert got.status_code == 415
     assert "send the header 'Content-Type: application/json'" in got.json()["error"]["message"]
-    assert (sent or "nothing") in got.json()["error"]["message"]
+    assert (sent or "without a type") in got.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("body", [b"[" * 900 + b"]" * 900, b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}", b"[" * 40_000 + b"]" * 40_000])
@@ -278,13 +295,27 @@ def test_a_scrape_is_no_running_request(server: serving.Running) -> None:
 # Limits of time and of the queue
 
 
+def test_a_request_that_can_never_wait_whole_is_no_429() -> None:
+    """Come again would be wrong: it would be refused each time."""
+    with serving.running(serving.loaded(), slots=1, queue=4) as small:
+        error = refused(small, COMPLETION, {"prompt": "x", "n": 5, "max_tokens": 2})
+        assert "The request makes 5 answers, and on this server at most 4 may wait at once (--queue 4): ask for fewer." in error["message"]
+        assert error["param"] == "n"
+        error = refused(small, COMPLETION, {"prompt": ["x"] * 4, "user": "me", "max_tokens": 2})
+        assert "at most 3 of one user may wait at once (--queue 4)" in error["message"]
+        assert error["param"] == "prompt"
+        assert httpx.post(f"{small.url}{COMPLETION}", json={"prompt": "x", "n": 3, "user": "me", "max_tokens": 2}, timeout=60).status_code == 200
+
+
 def test_a_full_queue_is_a_429_that_says_when(server: serving.Running) -> None:
     with serving.running(serving.loaded(), slots=1, queue=1) as small:
         client = small.client
         with client.completions.create(model="tiny", prompt="x", max_tokens=250, stream=True, extra_body={"ignore_eos": True}) as stream:
             next(iter(stream))
-            with pytest.raises(openai.RateLimitError, match="the queue holds 1") as error:
-                client.completions.create(model="tiny", prompt="x", max_tokens=200, n=4)
+            waits = small.served.engine.submit(gf.Request([5], max_new_tokens=2))
+            with pytest.raises(openai.RateLimitError, match=r"1 requests are waiting and the queue holds 1: try again later\.") as error:
+                client.completions.create(model="tiny", prompt="x", max_tokens=200)
+            waits.cancel()
             assert error.value.response.headers["retry-after"] == "1"
         serving.idle(small.served)
 

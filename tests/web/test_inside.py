@@ -144,6 +144,19 @@ def test_a_step_where_nothing_has_positions_is_refused(server: serving.Running) 
     assert "cannot be shown beside return_sites" in error["message"]
 
 
+def test_the_sites_of_the_model_are_listed(server: serving.Running) -> None:
+    listed = httpx.get(f"{server.url}/v1/sites").json()["data"]
+    assert [site["site"] for site in listed] == [s.path for s in serving.loaded().model.sites()]
+    assert next(site for site in listed if site["site"] == "blocks.0.attn.pattern")["axes"] == "b h t s"
+    assert "GET /v1/sites lists them all" in ask(server, 400, return_sites=["blocks.0.attn.patern"])["message"]
+
+
+def test_edits_that_make_numbers_infinite_are_the_request_s_own_mistake(server: serving.Running) -> None:
+    error = ask(server, 400, edits=[{"type": "Scale", "site": "blocks.0.ffn.out", "by": 1e38}])
+    assert error["param"] == "edits"
+    assert "With these edits the model's numbers are no longer finite" in error["message"]
+
+
 @pytest.mark.parametrize(
     ("edits", "says"),
     [

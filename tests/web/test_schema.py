@@ -32,7 +32,7 @@ def server() -> Iterator[serving.Running]:
 
 def test_the_document_describes_every_path_and_every_argument(server: serving.Running) -> None:
     document = httpx.get(f"{server.url}/openapi.json").json()
-    assert set(PATHS) | {"/v1/models", "/health", "/metrics"} <= set(document["paths"])
+    assert set(PATHS) | {"/v1/models", "/v1/sites", "/health", "/metrics"} <= set(document["paths"])
     schemas = document["components"]["schemas"]
     assert {"temperature", "top_k", "return_sites", "edits", "return_trace", "response_format"} <= set(schemas["CompletionRequest"]["properties"])
     assert schemas["ChatRequest"]["additionalProperties"] is False

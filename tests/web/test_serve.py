@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -74,9 +75,47 @@ def test_a_signal_lets_the_running_answer_finish(folder: Path) -> None:
     assert '"GET /v1/models HTTP/1.1" 200' in program.errors()  # --log: a line for every request, with all else that is said
 
 
+@pytest.mark.parametrize("how", ["the time is over", "a second signal"])
+def test_what_does_not_finish_in_time_is_told(folder: Path, how: str) -> None:
+    """Whoever still waits gets 503, a stream the error as an event; and the log holds no traceback."""
+    program, url = begun(folder, "--slots", "2", "--capacity", "2048", "--drain", "0.5" if how == "the time is over" else "60")
+    told: dict[str, Any] = {}
+    started = threading.Event()
+    body = {"prompt": "The sea", "max_tokens": 2000, "seed": 1}
+
+    def whole() -> None:
+        told["whole"] = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+
+    def stream() -> None:
+        with httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}, timeout=60) as reply:
+            for line in reply.iter_lines():
+                told.setdefault("lines", []).append(line)
+                started.set()
+
+    threads = [threading.Thread(target=whole), threading.Thread(target=stream)]
+    for thread in threads:
+        thread.start()
+    assert started.wait(60)
+    begin = time.monotonic()
+    program.send_signal(signal.SIGTERM)
+    if how == "a second signal":
+        time.sleep(0.3)
+        program.send_signal(signal.SIGTERM)
+    for thread in threads:
+        thread.join(30)
+    assert program.wait(30) == 0
+    assert time.monotonic() - begin < 10
+    assert told["whole"].status_code == 503
+    assert "was not finished in time" in told["whole"].json()["error"]["message"]
+    last = [line for line in told["lines"] if line][-1]
+    assert "was not finished in time" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    assert "Traceback" not in program.errors()
+
+
 def test_beyond_loopback_without_a_key_it_warns(folder: Path) -> None:
     program, _ = begun(folder, "--host", "0.0.0.0")
     assert "note: everybody who can reach 0.0.0.0 may use this model: give --api-key" in program.errors()
+    assert re.search(r"the client's base_url is http://NAME-OF-THIS-MACHINE:\d+/v1\.", program.errors())
     program.send_signal(signal.SIGINT)
     assert program.wait(60) == 0
 
@@ -102,6 +141,16 @@ def test_many_devices_are_for_vllm_and_it_says_how(capsys: pytest.CaptureFixture
     assert "runs on one device, and 4 were asked for" in err
     assert f"glassformer convert {folder} small-hf --to hf && vllm serve small-hf --tensor-parallel-size 4" in err
     assert said(capsys, str(folder), "--device", "cuda:0,cuda:1")[1].endswith("--tensor-parallel-size 2\n")
+    assert said(capsys, "hf://owner/name", "--devices", "2")[1].endswith("format: vllm serve owner/name --tensor-parallel-size 2\n")
+
+
+def test_no_command_is_given_that_would_fail(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    unheard = gf.Decoder(vocab_size=9, d_model=8, blocks=(gf.Block(gf.Attention(2, position=gf.ALiBi()), gf.Gated(8, act="relu2")),))
+    gf.save(unheard.build(seed=0), tmp_path / "unheard")
+    err = said(capsys, str(tmp_path / "unheard"), "--devices", "4")[1]
+    assert "4 were asked for; no other server runs this model either: No published family computes what this Decoder does." in err
+    assert "vllm" not in err
+    assert "There is nothing at" in said(capsys, str(tmp_path / "nowhere"), "--devices", "4")[1]
 
 
 def test_a_folder_of_the_hub_needs_no_conversion(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
@@ -117,6 +166,13 @@ def test_what_is_missing_is_named_with_the_remedy(capsys: pytest.CaptureFixture[
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "uvicorn" else real(name, *rest))
     assert said(capsys, str(folder)) == (2, "error: The server needs uvicorn: pip install 'glassformer[serve]'.\n")
+
+
+@pytest.mark.parametrize("origin", ["foo", "https://", "https://a.example/", "a.example:80/x"])
+def test_what_is_no_origin_is_refused_before_it_listens(capsys: pytest.CaptureFixture[str], folder: Path, origin: str) -> None:
+    code, err = said(capsys, str(folder), "--cors", origin)
+    assert code == 2
+    assert f"{origin!r} is no origin, so no page would be let in: https://example.org is one" in err
 
 
 def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str], folder: Path) -> None:

@@ -136,7 +136,8 @@ def _unexpected(error: Exception) -> int:
         text = " A text or number that begins with '-' and is no option's value stands last, behind '--'." if number else ""
         return _complain(f"{said}{'' if said.endswith('?') else '.'}{text} See '{command} --help'.", MISTAKE)
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return _complain("there is not so much memory: make what is asked for smaller (--set batch=8, --set context=128, --max-new-tokens 200).", FAILED)
+        todo = "in training by --set batch=8 or --set context=128, of a server by --slots or --capacity, of a text by --max-new-tokens"
+        return _complain(f"there is not so much memory: make what is asked for smaller ({todo}).", FAILED)
     traceback.print_exception(error)
     print(f"\nThis is a fault in glassformer {__version__}, not a mistake of yours. Please report it with the lines above and the command.", file=sys.stderr)
     return FAILED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -95,16 +96,31 @@ def _check_one_device(model: str, device: str | None, devices: int) -> None:
     n = max(devices, len(named))
     if n == 1:
         return
-    from ..weights import open
-
-    hub = Path(model).expanduser().is_dir() and open(model).family is not None
+    hub = model.startswith("hf://") or _is_of_the_hub(model, n)
     target = Path(model.removeprefix("hf://")).name + "-hf"
-    folder = shlex.quote(model if hub else target)
+    folder = shlex.quote(model.removeprefix("hf://") if hub else target)
     written = "" if hub else f"glassformer convert {shlex.quote(model)} {shlex.quote(target)} --to hf && "
     raise InputError(
         f"The built-in server runs on one device, and {n} were asked for. vLLM serves the same model on many, from a folder in the hub's format: "
         f"{written}vllm serve {folder} --tensor-parallel-size {n}"
     )
+
+
+def _is_of_the_hub(model: str, n: int) -> bool:
+    """Whether vLLM can read the folder as it is. Raises :class:`InputError` if no other server can run this model."""
+    from ..core.errors import WeightsError
+    from ..weights import open
+    from ..weights.family import family_for
+
+    opened = open(model)
+    if opened.family is not None:
+        return opened.path.is_dir()
+    try:
+        family_for(opened.spec)
+    except WeightsError as error:
+        why = str(error).partition(",")[0]
+        raise InputError(f"The built-in server runs on one device, and {n} were asked for; no other server runs this model either: {why}.") from None
+    return False
 
 
 def _name(model: str) -> str:
@@ -117,7 +133,9 @@ def _said(served: Any, url: str) -> None:
         what = "vectors of texts"
     else:
         size = f"{served.engine.bytes / 1e6:,.0f} MB of cache"
-        what = f"{served.engine.slots} answers at once of up to {served.context:,} tokens, {size}"
-    print(f"{served.name} at {url} ({what}); the client's base_url is {url}/v1. Ctrl-C ends it.", file=sys.stderr, flush=True)
+        many = f"{served.engine.slots} answers at once" if served.engine.slots > 1 else "one answer at a time"
+        what = f"{many}, of up to {served.context:,} tokens, {size}"
+    reached = re.sub(r"//(0\.0\.0\.0|\[::\])(?=:)", "//NAME-OF-THIS-MACHINE", url)
+    print(f"{served.name} at {url} ({what}); the client's base_url is {reached}/v1. Ctrl-C ends it.", file=sys.stderr, flush=True)
     if os.environ.get("GLASSFORMER_DEBUG"):
         print(served.model.spec, file=sys.stderr)

@@ -160,8 +160,9 @@ class Talk:
     def choose(self, number: int) -> Answer:
         """Let the answer of that number (from 1) be the one that counts."""
         last = self.last
-        if not 1 <= number <= len(last.answers):
-            raise InputError(f"The last message has {len(last.answers)} answers, so there is no number {number}: /branch alone makes another.")
+        count = len(last.answers)
+        if not 1 <= number <= count:
+            raise InputError(f"The last message has {count} answer{'s' if count > 1 else ''}, so there is no number {number}: /branch alone makes another.")
         last.chosen = number - 1
         return last.answer
 

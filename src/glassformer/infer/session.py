@@ -40,6 +40,8 @@ from .state import State
 from .trace import Choice
 from .tracing import measure
 
+MOST = 1e37
+"""Of a logit: beyond this a temperature or a bias can make it infinite."""
 COMPILED = "Deterministic mode runs a model as it is written, and this one was compiled by torch.compile: give the model itself."
 
 
@@ -274,6 +276,8 @@ def _why_nothing(logits: Tensor, chain: Chain, where: str) -> str:
     """Why a chain left a row nothing to choose from."""
     if torch.isnan(logits).any():
         return f"The model gave NaN logits {where}. Record('**') as tap shows at which site they begin."
+    if (top := float(logits.max())) > MOST:
+        return f"The model gave a logit of {top:.3g} {where}, of which no probability can be worked out. Record('**') as tap shows at which site it begins."
     return f"No token is left to choose from {where}: every logit is -inf after {chain!r}. Let one of the links keep more."
 
 

@@ -122,7 +122,7 @@ class Reply:
                         return self.leave()
         except QueueFull as error:
             self.leave()
-            raise Problem(429, str(error), code="queue_full", headers={"Retry-After": "1"}) from None
+            raise Problem(429, str(error).replace(", or make Engine(queue=…) longer", ""), code="queue_full", headers={"Retry-After": "1"}) from None
         except EngineError as error:
             self.leave()
             raise Problem(503, str(error), headers={"Retry-After": "1"}) from None
@@ -158,7 +158,7 @@ class Reply:
         """Raise the :class:`Problem` of a ticket that failed."""
         for ticket in self.tickets:
             if ticket.error is not None:
-                raise of_ticket(ticket.error, self.plan.params)
+                raise of_ticket(ticket.error, self.plan.params, self.plan.wanted.edits is not None)
 
     def _count(self, ticket: Ticket) -> None:
         reason = "cancelled" if ticket.cancelled else "failed" if ticket.error else str(ticket.tokens[-1].finish_reason) if ticket.tokens else "empty"
@@ -253,7 +253,7 @@ class Reply:
                 yield base | {"choices": [choice]} | empty
             if token is None:
                 if (error := self.tickets[i].error) is not None:
-                    raise of_ticket(error, plan.params)
+                    raise of_ticket(error, plan.params, plan.wanted.edits is not None)
                 extra = await self._extras(i)
                 for choice in writers[i].end():
                     yield base | {"choices": [choice | (extra if choice.get("finish_reason") else {})]} | empty | self._edited()
@@ -418,12 +418,15 @@ def called(call: ToolCall) -> dict[str, Any]:
     return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def of_ticket(error: Exception, params: tuple[str, ...] = ()) -> Problem:
+def of_ticket(error: Exception, params: tuple[str, ...] = (), edited: bool = False) -> Problem:
     """What ended a request after it had begun."""
     if isinstance(error, Cancelled):
         return Problem(503, "The server is stopping, and this answer was not finished in time: ask again.", headers={"Retry-After": "5"})
-    if isinstance(error, SamplerError | InputError) and "NaN" not in str(error):
-        return of_error(error, params)
+    if isinstance(error, SamplerError | InputError):
+        if not str(error).startswith("The model gave"):
+            return of_error(error, params)
+        if edited:
+            return Problem(400, "With these edits the model's numbers are no longer finite, so no token can be chosen: edit less strongly.", param="edits")
     return Problem(500, str(error) if isinstance(error, GlassformerError) else f"The answer failed inside the server ({type(error).__name__}).")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -50,6 +51,10 @@ def create_app(served: Served, *, key: str | None = None, cors: Sequence[str] = 
     if key is not None and key != key.strip():
         raise InputError("The key begins or ends with a space or a line's end, which no header carries: leave that out.")
 
+    for origin in cors:
+        if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/?#@\s]+", origin):
+            raise InputError(f"{origin!r} is no origin, so no page would be let in: https://example.org is one, with a port where it has one; '*' lets all in.")
+
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         if served.engine is not None:
@@ -90,6 +95,11 @@ def _routes(app: FastAPI, served: Served) -> None:
         """One model by its name."""
         served.check_name(model)
         return _json(_model(served))
+
+    @app.get("/v1/sites", responses=replies.of("SiteList"))
+    async def sites() -> Response:
+        """The model's sites, which ``return_sites`` and ``edits`` name."""
+        return _json({"object": "list", "data": [{"site": s.path, "axes": s.axes, "meaning": s.meaning} for s in served.anatomy.sites]})
 
     @app.post("/v1/completions", responses=replies.of("Completion", *replies.USUAL), openapi_extra=_takes(CompletionRequest))
     async def completions(http: Request) -> Response:
@@ -150,7 +160,8 @@ async def read(http: Request, kind: type[B], served: Served) -> B:
         # A browser asks nobody before it sends another type from a foreign page.
         raise Problem(
             415,
-            f"The body was sent as {sent[:60] or 'nothing'!r}, and this server reads JSON: send the header 'Content-Type: application/json'.",
+            f"The body was sent {f'as {sent[:60]!r}' if sent else 'without a type'}, and this server reads JSON: "
+            "send the header 'Content-Type: application/json'.",
             code="not_json",
         )
     most, said = limits.body_bytes, http.headers.get("content-length", "")
@@ -299,7 +310,7 @@ def _errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def other(http: Request, error: HTTPException) -> Response:
         path = http.url.path[:100]
-        known = sorted({str(r.path) for r in app.routes if hasattr(r, "path")})
+        known = sorted({str(r.path).replace("{model:path}", "NAME") for r in app.routes if hasattr(r, "path")})
         said = {404: f"There is nothing at {path!r}: the paths are {', '.join(known)}.", 405: f"{path!r} is not asked by {http.method}."}
         return refusal(Problem(error.status_code, said.get(error.status_code, str(error.detail)), headers=error.headers))
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from glassformer.core.errors import GlassformerError, InputError, SiteError
 from glassformer.core.modes import evaluating
-from glassformer.core.sites import HEAD_AXIS
+from glassformer.core.sites import HEAD_AXIS, SiteInfo
 from glassformer.core.tap import Pattern, Record, Tap, check_heads
 from glassformer.look.changes import Change, Spans, spans_of, within
 from glassformer.look.edits import FORMAT, VERSION, Intervention
@@ -53,9 +53,15 @@ class Anatomy:
         self.pair = hasattr(model, "encoder")
 
     @cached_property
+    def sites(self) -> list[SiteInfo]:
+        """All of them."""
+        found: list[SiteInfo] = self.model.sites()
+        return found
+
+    @cached_property
     def axes(self) -> dict[str, list[str]]:
         """Of every site."""
-        return {s.path: s.axes.split() for s in self.model.sites()}
+        return {s.path: s.axes.split() for s in self.sites}
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:

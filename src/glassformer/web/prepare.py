@@ -6,6 +6,7 @@ This is done in a thread: a long text takes its time to be tokenised, and a chat
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from glassformer.core.errors import GlassformerError
 from glassformer.infer.constrain import ToolForm
 from glassformer.infer.options import read_prompts
+from glassformer.infer.session import vocabulary
 
 from . import inside
 from .problems import Problem, of_error
@@ -180,19 +182,32 @@ def _plan(
     """What both ways of asking share: sizes, options, the inside."""
     n, limits = body.n or 1, served.limits
     if n * len(prompts) > limits.answers:
-        raise Problem(400, f"{len(prompts)} prompts with n={n} are {n * len(prompts)} answers, and one request has at most {limits.answers}.", param="n")
+        words = "One prompt" if len(prompts) == 1 else f"{len(prompts)} prompts"
+        raise Problem(
+            400,
+            f"{words} with n={n} would be {n * len(prompts)} answers, and one request has at most {limits.answers}.",
+            param="n" if n > 1 else "prompt",
+        )
+    if n * len(prompts) > (most_waiting := served.engine.most(body.user or "")):
+        room = f"{most_waiting} of one user" if body.user else str(most_waiting)
+        raise Problem(
+            400,
+            f"The request makes {n * len(prompts)} answers, and on this server at most {room} may wait at once "
+            f"(--queue {served.engine.most()}): ask for fewer.",
+            param="n" if n > 1 else "prompt",
+        )
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if len(stops) > 64 or any(len(s) > 1000 for s in stops):
         raise Problem(400, f"stop has {len(stops)} texts, the longest of {max(map(len, stops))} characters; at most 64 of 1,000 are looked for.", param="stop")
     if body.stream_options is not None and not body.stream:
         raise Problem(400, "stream_options was given, but the answer is not streamed: give stream=true too.", param="stream_options")
-    _check_lengths(served, prompts, most)
+    _check_lengths(served, prompts, most, talks)
     wanted = inside.read(body, served.anatomy, limits, served.allow_edits, served.allow_sites)
     rows = [(m if served.pair else len(p) + m - 1, len(p)) for p, m in zip(prompts, most, strict=True)]
     wanted.check_size([r for r in rows for _ in range(n)], limits)
     said = {name: value for name, value in body.model_dump(include=set(Sampling.model_fields) - {"seed"}).items() if value is not None}
     if "logit_bias" in said:
-        said["logit_bias"] = {int(k) if k.isascii() and k.isdigit() else k: v for k, v in said["logit_bias"].items()}
+        said["logit_bias"] = {_token(k): v for k, v in said["logit_bias"].items()}
     options = settings(served.standing, said)
     for stop in ("stop", "stop_strings"):
         if getattr(body, stop):
@@ -204,7 +219,7 @@ def _plan(
     return Plan(talks, prompts, texts, n, most, options, body.seed, bool(body.stream), usage, top, echo, wanted, body.user or "", params=params)
 
 
-def _check_lengths(served: Served, prompts: list[list[int]], most: list[int]) -> None:
+def _check_lengths(served: Served, prompts: list[list[int]], most: list[int], talks: bool) -> None:
     for prompt, new in zip(prompts, most, strict=True):
         if new > served.limits.new_tokens:
             raise Problem(400, f"max_tokens is {new}, and an answer has at most {served.limits.new_tokens} tokens on this server.", param="max_tokens")
@@ -215,12 +230,29 @@ def _check_lengths(served: Served, prompts: list[list[int]], most: list[int]) ->
                 f"The context here is {served.context} tokens (of the model, or --capacity of the server). You asked for "
                 f"{own + new} of them ({own} of the prompt, {new} of the answer; the last one "
                 "is not read): shorten the prompt, or ask for fewer tokens.",
-                param="messages" if not new else "max_tokens" if own < served.context else "prompt",
+                param=("messages" if talks else "prompt") if not new or own >= served.context else "max_tokens",
                 code="context_length_exceeded",
             )
 
 
+def _token(key: str) -> int | str:
+    """A key of ``logit_bias``: an id written as text, as OpenAI does, or a text."""
+    if key.isascii() and key.isdigit():
+        return int(key[:20])
+    if _NUMBER.fullmatch(key):
+        raise Problem(
+            400, f"logit_bias names the token {key[:40]!r}, and ids are whole numbers from 0 on; a text with that in it is said by its ids.", param="logit_bias"
+        )
+    return key
+
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+
+
 def _ends(served: Served, body: Answering) -> dict[str, Any]:
+    size = vocabulary(served.model)
+    if size is not None and (top := max(body.stop_token_ids or (), default=0)) >= size:
+        raise Problem(400, f"stop_token_ids holds id {top}, but the vocabulary has {size} tokens, 0 to {size - 1}.", param="stop_token_ids")
     if body.ignore_eos:
         return {"eos_id": tuple(body.stop_token_ids or ())}
     if body.stop_token_ids:

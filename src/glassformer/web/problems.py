@@ -7,6 +7,7 @@ The official client makes of 400, 401, 404, 413, 429 and 5xx exceptions of their
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -36,12 +37,25 @@ class Problem(Exception):
 def of_error(error: GlassformerError, params: tuple[str, ...] = ()) -> Problem:
     """A mistake in a request that a deeper room has found. ``params``: names to look for in its sentence."""
     text = str(error)
+    for python, here in REMEDIES.items():
+        text = text.replace(python, here)
     # A link is called like its setting (LogitBias), a rule by what it is (the JSON schema).
     found = next((p for p in params if re.search(rf"\b{'[-_ ]?'.join(map(re.escape, p.split('_')))}\b", text, re.IGNORECASE)), None)
+    if found is None:
+        found = next((p for p in params if (word := p.split("_")[0]) in _LINKS and re.search(rf"\b{word}\b", text, re.IGNORECASE)), None)
     if found is None and "schema" in text:
         found = next((p for p in ("response_format", "json_schema", "tools") if p in params), None)
     return Problem(400, text, param=found)
 
+
+REMEDIES = {
+    "model.sites() lists them all": "GET /v1/sites lists them all",
+    "give eos_id=…, or a tokenizer that has one": "name one by stop_token_ids",
+}
+"""Remedies that only Python can say so."""
+
+_LINKS = frozenset(["typical", "dry", "xtc", "epsilon", "eta", "mirostat", "adaptive"])
+"""Links whose sentences name themselves and a field of theirs (``XTC(probability=3)``): the first word of the arguments that set them."""
 
 NOT_SERVED = frozenset(
     [
@@ -95,10 +109,15 @@ def of_validation(errors: list[Any], known: Iterable[str]) -> Problem:
     deepest = max(mine, key=lambda e: len(_place(e)))
     wrong = [e for e in mine if _place(e) == _place(deepest)]
     param = ".".join(map(str, _place(deepest))) or None
-    value = repr(deepest.get("input"))
+    value = _json(deepest.get("input"))
     shown = value if len(value) <= 60 else f"{value[:57]}..."
     needed = " or ".join(dict.fromkeys(map(_needed, wrong)))
     return Problem(400, f"{param or 'The body'}: {needed} is needed, but {shown} was given.{others}", param=param, code="invalid_value")
+
+
+def _json(value: Any) -> str:
+    """A value as it stood in the body."""
+    return json.dumps(value, ensure_ascii=False, default=repr) if isinstance(value, bool | None) else repr(value)
 
 
 def _place(error: Any) -> tuple[Any, ...]:
@@ -133,7 +152,10 @@ def _needed(error: Any) -> str:
     if kind in _WORDS:
         return _WORDS[kind]
     if kind == "literal_error":
-        return f"one of {limits['expected'].replace(' or ', ', ')}" if "," in limits["expected"] else str(limits["expected"])
+        expected = re.sub(r"\bTrue\b", "true", re.sub(r"\bFalse\b", "false", limits["expected"]))
+        return f"one of {expected.replace(' or ', ', ')}" if "," in expected else str(expected)
+    if kind == "too_long" and isinstance(error.get("input"), str):
+        kind = "string_too_long"
     if kind in _BOUNDS:
         words, name = _BOUNDS[kind]
         return words.format(f"{limits[name]:,.10g}")

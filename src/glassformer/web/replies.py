@@ -54,6 +54,8 @@ SCHEMAS: dict[str, Any] = {
     "Embedding": _object({"object": {"const": "embedding"}, "index": WHOLE, "embedding": {"anyOf": [_list(NUMBER), TEXT]}}),
     "Embeddings": _object({"object": {"const": "list"}, "data": _list(_ref("Embedding")), "model": TEXT, "usage": _ref("Usage")}),
     "Tokens": _object({"ids": _list(WHOLE), "count": WHOLE, "pieces": _list(TEXT)}, {"max_model_len": _or_none(WHOLE)}),
+    "Site": _object({"site": TEXT, "axes": TEXT, "meaning": TEXT}),
+    "SiteList": _object({"object": {"const": "list"}, "data": _list(_ref("Site"))}),
     "Text": _object({"text": TEXT}),
     "Health": _object({"status": {"enum": ["ok", "draining"]}, "model": TEXT}),
 }

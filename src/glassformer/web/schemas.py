@@ -111,7 +111,7 @@ class ResponseFormat(Body):
     @model_validator(mode="after")
     def _has_schema(self) -> ResponseFormat:
         if self.type == "json_schema" and not isinstance((self.json_schema or {}).get("schema"), dict):
-            raise ValueError("json_schema needs {'name': …, 'schema': {…}} with a JSON schema in it")
+            raise ValueError("an object {'name': …, 'schema': {…}} with a JSON schema in it")
         return self
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from glassformer import __version__
 from glassformer.infer.session import position_limit
+from glassformer.parts.packed import Packed
 from glassformer.parts.position import LearnedLayer
 from glassformer.parts.readout import LanguageModel
 
@@ -57,9 +58,14 @@ class Served:
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="glassformer-web")
         self.readers = ThreadPoolExecutor(2, thread_name_prefix="glassformer-read")  # prompts and schemas, which may take long
         self._waiting, self._closed = 0, False
-        said = f"{__version__} {self.name} {getattr(self.model, 'spec', None)!r}"
+        said = f"{__version__} {self.name} {getattr(self.model, 'spec', None)!r} {self._numbers()}"
         self.fingerprint = f"gf-{hashlib.blake2b(said.encode(), digest_size=5).hexdigest()}"
         self.standing = standing(self.loaded.extra.get("generation", {}))
+
+    def _numbers(self) -> list[str]:
+        """What else decides the bits of an answer: how weights and cache are held."""
+        weights = {str(x.dtype) for x in self.model.parameters()} | {kind for m in self.model.modules() if isinstance(m, Packed) for kind in m.types}
+        return [*sorted(weights), *(f"{name}={getattr(self.engine, name, None)}" for name in ("cache_dtype", "deterministic"))]
 
     @property
     def pair(self) -> bool:
@@ -132,6 +138,12 @@ class Served:
                 raise Problem(504, LATE.format(self.limits.answer_seconds), code="timeout")
 
         return check
+
+    def cut(self) -> None:
+        """Everything that runs or waits ends now, and its client is told."""
+        self.close()
+        if self.engine is not None:
+            self.engine.stop(False)
 
     def close(self) -> None:
         """What waits is given up, and what runs ends at its next check."""

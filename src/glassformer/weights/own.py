@@ -28,6 +28,7 @@ from glassformer.core.fields import described, typed
 from glassformer.core.numerics import device_named, dtype_named
 from glassformer.core.spec import Spec
 from glassformer.models import EncoderDecoder, Transformer
+from glassformer.models.speaking import Speaking
 from glassformer.parts.packed import Packed
 
 if TYPE_CHECKING:
@@ -50,6 +51,14 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer | None
     extra: dict[str, Any]
     report: Any = None
+
+    def generate(self, prompt: Any, **options: Any) -> Any:
+        """Continue a prompt: ``gf.generate(loaded, prompt, **options)``, with the checkpoint's tokenizer and ends of a text if no others are said."""
+        return Speaking.generate(self, prompt, **options)  # type: ignore[arg-type]
+
+    def generation(self, **options: Any) -> Any:
+        """The chain that :meth:`generate` builds from these options."""
+        return Speaking.generation(self, **options)  # type: ignore[arg-type]
 
     @property
     def eos_ids(self) -> tuple[int, ...] | None:

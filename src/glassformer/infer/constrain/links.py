@@ -87,6 +87,8 @@ class Constrained(Link):
             if all(word.startswith(b" ") for word in vocabulary.words if word):
                 why += " (its tokens are words that begin with their space, and so has the text to)"
             raise SamplerError(f"No text of this {what} can be written with this tokenizer's tokens. {why}: change the {what}, or take another model.")
+        if not self.eos and matchers.only_empty():
+            raise SamplerError(f"The {what} allows the empty text alone, which is no token, and the model has no end-of-sequence to say: change the {what}.")
         return matchers
 
     def apply(self, logits: Tensor, history: Tensor | None = None, state: Own | None = None) -> Tensor:

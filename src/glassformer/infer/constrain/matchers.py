@@ -83,6 +83,11 @@ class Matchers:
         with self._lock:
             return bool(self.bits(self.root).any()) and not (self.careful and self._hopeless(self.root, [SEARCH], len(self.vocabulary)))
 
+    def only_empty(self) -> bool:
+        """Whether the text may end before it has begun, and cannot begin."""
+        with self._lock:
+            return self.root.may_end and not self._tokens(self.bits(self.root))
+
     # Steps
 
     def _place(self, matcher: Any) -> Place:

@@ -85,7 +85,7 @@ class Engine:
         limit = position_limit(model)
         self.model, self.tokenizer, self.eos_id, self.seed = model, tokenizer, eos_id, seed
         self.slots, self.capacity, self.prefill_chunk = slots, capacity if limit is None else min(capacity, limit), prefill_chunk
-        self.deterministic = deterministic
+        self.deterministic, self.cache_dtype = deterministic, cache_dtype
         if deterministic and hasattr(model, "_orig_mod"):
             raise InputError(COMPILED)
         self._device = _device(model)
@@ -327,6 +327,10 @@ class Engine:
                 self._thread = threading.Thread(target=self._run, name="glassformer-engine", daemon=True)
                 self._thread.start()
         return self
+
+    def most(self, user: str = "") -> int:
+        """How many requests of one user may wait at once; more than that handed in together can be refused whatever else is at work."""
+        return self._waiting.most(user)
 
     def stop(self, drain: bool = True, timeout: float | None = None) -> None:
         """Take no more requests, finish those that there are or (``drain=False``) cancel them, and end the thread.

@@ -32,11 +32,15 @@ class Waiting:
         for line in self._lines.values():
             yield from line
 
+    def most(self, user: str) -> int:
+        """How many jobs of this user may wait."""
+        return self.room - self.room // SHARE if user else self.room
+
     def check(self, user: str) -> None:
         """Raise :class:`QueueFull` if this user has to wait outside."""
         if len(self) >= self.room:
             raise QueueFull(f"{len(self)} requests are waiting and the queue holds {self.room}: try again later, or make Engine(queue=…) longer.")
-        own, most = len(self._lines.get(user, ())), self.room - self.room // SHARE
+        own, most = len(self._lines.get(user, ())), self.most(user)
         if user and own >= most:
             raise QueueFull(f"{own} requests of {user!r} are waiting, and one user has at most {most} of the {self.room} places: try again later.")
 
