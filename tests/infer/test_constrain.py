@@ -274,6 +274,16 @@ def test_whitespace_is_bounded_and_what_people_write_is_allowed(bpe):
     assert place_of(tight, bpe.encode(compact)).complete
 
 
+def test_a_choice_among_thousands_and_a_grammar_that_is_too_much():
+    tokenizer = train("characters", texts=["abcdefgh"])
+    texts = ["".join(word) for word in product("abcdefgh", repeat=4)]
+    out = generate(Bigram.random(8), [0], tokenizer=tokenizer, choices=texts, max_new_tokens=9, temperature=1.0, seed=2)
+    assert (out.text in texts, out.finish_reason) == (True, "stop")
+    rule = "start: " + " | ".join(f'"{text}"' for text in texts)
+    with pytest.raises(SamplerError, match=r"(cannot be used|too much to follow): .*items; max is"):
+        Constrained(Grammar(rule), tokenizer)
+
+
 def test_a_choice(bpe):
     texts = ["fox", "foxes", "日本", 'say "no"\n']
     seen = {generate(model_of(bpe, s), [1], tokenizer=bpe, choices=texts, seed=s).text for s in range(40)}

@@ -102,3 +102,26 @@ def test_the_time_of_an_answer_covers_what_follows_its_last_token() -> None:
         with httpx.stream("POST", f"{server.url}/v1/completions", json={"prompt": "x", "max_tokens": 2, "stream": True}, timeout=20) as streamed:
             assert streamed.read().endswith(b"data: [DONE]\n\n")
         free.set()
+
+
+def test_vectors_are_given_up_when_their_client_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits behind them is not held up by whoever has gone."""
+    went, seen = threading.Event(), []
+
+    def slow(model: Any, rows: Any, check: Any) -> Any:
+        for _ in range(400):
+            seen.append(1)
+            time.sleep(0.02)
+            try:
+                check()
+            except Problem:
+                went.set()
+                raise
+        return vectors(model, rows)
+
+    monkeypatch.setattr("glassformer.web.app.vectors", slow)
+    with serving.running(serving.loaded()) as server:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/embeddings", json={"input": ["The sea"]}, timeout=0.1)
+        assert went.wait(5)
+        assert len(seen) < 200

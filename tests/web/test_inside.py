@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import glassformer as gf
-from glassformer.look.changes import Add, Zero
+from glassformer.look.changes import Add, Scale, Zero
 from glassformer.look.edits import Intervention
 from glassformer.web import Limits
 from glassformer.web.inside import Anatomy, whole_row
@@ -181,6 +181,24 @@ def test_no_request_names_a_file(server: serving.Running, edits: Any) -> None:
 
 
 # Traces
+
+
+def test_a_prompt_is_scored_with_the_edits_at_work_and_its_sites_come_back(server: serving.Running) -> None:
+    """With and without an answer behind it, and with edits of single steps: the prompt is what step 0 reads."""
+    edits = [{"type": "Scale", "site": "blocks.0.ffn.out", "by": 0.5, "steps": "0"}]
+    plain = ask(server, max_tokens=0, echo=True, logprobs=0)["logprobs"]["token_logprobs"]
+    scored = ask(server, max_tokens=0, echo=True, logprobs=0, edits=edits, return_sites=["blocks.0.ffn.out"])
+    what = serving.loaded()
+    ids = what.tokenizer.encode(PROMPT)
+    tap = Intervention("half", (Scale("blocks.0.ffn.out", 0.5),)).tap(what.model)
+    keep = gf.Record("blocks.0.ffn.out")
+    want = what.model(torch.tensor([ids]), tap=tap | keep)[0].log_softmax(-1)
+    want = [float(want[i, t]) for i, t in enumerate(ids[1:])]
+    assert scored["logprobs"]["token_logprobs"][1:] == pytest.approx(want, abs=1e-4)
+    assert plain[1:] != pytest.approx(want, abs=1e-3)
+    np.testing.assert_allclose(array(scored["sites"][0]), keep["blocks.0.ffn.out"][0].detach().numpy(), atol=1e-5)
+    assert ask(server, echo=True, logprobs=0, edits=edits)["logprobs"]["token_logprobs"][1 : len(ids)] == pytest.approx(want, abs=1e-4)
+    assert "there is nothing to trace" in ask(server, 400, max_tokens=0, echo=True, return_trace=True)["message"]
 
 
 def test_a_trace_is_that_of_generate(server: serving.Running) -> None:

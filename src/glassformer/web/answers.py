@@ -12,11 +12,12 @@ import codecs
 import json
 import math
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from starlette.requests import Request as HTTPRequest
@@ -33,6 +34,7 @@ from .prepare import Plan
 from .problems import Problem, of_error
 from .served import LATE, Served
 
+T = TypeVar("T")
 LEAST = -9999.0
 """What OpenAI writes for the logarithm of nothing."""
 REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
@@ -49,7 +51,7 @@ async def answer(served: Served, plan: Plan, http: HTTPRequest) -> Response:
     """The reply to a request that was read. Raises a :class:`Problem` for what ends it before its first byte."""
     reply = Reply(served, plan)
     if plan.most[0] == 0:
-        return Response(encoded(await served.work(reply.scored)), media_type="application/json")
+        return Response(encoded(await while_there(served, http, reply.scored)), media_type="application/json")
     try:
         await served.prepare(reply.submit)
     except BaseException:
@@ -70,6 +72,32 @@ async def answer(served: Served, plan: Plan, http: HTTPRequest) -> Response:
         for task in (left, done):
             task.cancel()
         reply.leave()
+
+
+async def while_there(served: Served, http: HTTPRequest, do: Callable[[Callable[[], None]], T]) -> T:
+    """``do(check)`` beside the engine; the check ends it once its time is over, or its client has gone."""
+    over = threading.Event()
+
+    def begun() -> T:
+        deadline = served.deadline()
+
+        def check() -> None:
+            if over.is_set():
+                raise Problem(499, "The client has gone.")
+            deadline()
+
+        return do(check)
+
+    left, done = asyncio.ensure_future(_gone(http)), asyncio.ensure_future(served.work(begun))
+    try:
+        await asyncio.wait({left, done}, return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():
+            raise Problem(499, "The client has gone.")
+        return done.result()
+    finally:
+        over.set()
+        for task in (left, done):
+            task.cancel()
 
 
 async def _gone(http: HTTPRequest) -> None:
@@ -172,7 +200,7 @@ class Reply:
         for i, choice in enumerate(choices):
             choice |= await self._extras(i)
         if self.plan.echo and self.plan.top is not None:
-            before = await self.served.work(self._scores)
+            before = await self.served.work(lambda: self._scores(self.served.deadline()))
             for i, choice in enumerate(choices):
                 choice["logprobs"] = _joined(before[i // self.plan.n], choice["logprobs"], len(self.plan.texts[i // self.plan.n]))
         return self._about("") | {"choices": choices, "usage": self.usage()} | self._edited()
@@ -310,19 +338,19 @@ class Reply:
             offset += len(token.text)
         return made
 
-    def _scores(self) -> list[dict[str, Any]]:
+    def _scores(self, check: Callable[[], None]) -> list[dict[str, Any]]:
         """``logprobs`` of every prompt, each worked out once however many answers it has."""
-        check, made = self.served.deadline(), []
+        made = []
         for prompt in self.plan.prompts:
             check()
             made.append(self._score(prompt))
         return made
 
     def _score(self, prompt: list[int]) -> dict[str, Any]:
-        """``logprobs`` of a prompt's own tokens, from one pass over it; the first has none, since nothing predicts it."""
+        """``logprobs`` of a prompt's own tokens, from one pass over it, edits at work; the first has none, since nothing predicts it."""
         model = self.served.model
         with torch.no_grad(), evaluating(model):
-            logits = model(torch.tensor([prompt], device=next(model.parameters()).device))[0]
+            logits = model(torch.tensor([prompt], device=next(model.parameters()).device), tap=self.plan.wanted.whole(len(prompt)))[0]
         made: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         offset, top = 0, self.plan.top or 0
         whole = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be split over tokens
@@ -340,14 +368,16 @@ class Reply:
             offset += len(whole.decode(self.served.tokenizer.decode_bytes([token]))) if self.served.tokenizer is not None else 0
         return made
 
-    def scored(self) -> dict[str, Any]:
-        """The reply to ``max_tokens=0`` with ``echo``: the prompts, and how probable they are."""
+    def scored(self, check: Callable[[], None]) -> dict[str, Any]:
+        """The reply to ``max_tokens=0`` with ``echo``: the prompts, how probable they are, and the values at their sites."""
         plan = self.plan
-        scores = [None] * len(plan.prompts) if plan.top is None else self._scores()
-        choices = [
-            {"index": i, "text": plan.texts[i // plan.n], "finish_reason": "length", "logprobs": scores[i // plan.n]} for i in range(len(plan.prompts) * plan.n)
-        ]
-        return self._about("") | {"choices": choices, "usage": self.usage()}
+        choices: list[dict[str, Any]] = []
+        scores = [None] * len(plan.prompts) if plan.top is None else self._scores(check)
+        for text, prompt, score in zip(plan.texts, plan.prompts, scores, strict=True):
+            check()
+            sites = {"sites": plan.wanted.values(prompt, ())} if plan.wanted.entries else {}
+            choices += [{"index": len(choices) + i, "text": text, "finish_reason": "length", "logprobs": score} | sites for i in range(plan.n)]
+        return self._about("") | {"choices": choices, "usage": self.usage()} | self._edited()
 
 
 class _TextWriter:

@@ -28,7 +28,7 @@ from glassformer.core.errors import GlassformerError, InputError
 from glassformer.infer.options import read_prompts
 
 from . import prepare, replies
-from .answers import answer, encoded
+from .answers import answer, encoded, while_there
 from .gate import GateMiddleware
 from .page import page
 from .problems import Problem, of_error, of_validation
@@ -116,7 +116,7 @@ def _routes(app: FastAPI, served: Served) -> None:
     @app.post("/v1/embeddings", responses=replies.of("Embeddings", *replies.USUAL), openapi_extra=_takes(EmbeddingRequest))
     async def embeddings(http: Request) -> Response:
         """A vector for each text."""
-        return await _embeddings(served, await read(http, EmbeddingRequest, served))
+        return await _embeddings(served, await read(http, EmbeddingRequest, served), http)
 
     @app.post("/tokenize", responses=replies.of("Tokens", *replies.USUAL), openapi_extra=_takes(TokenizeRequest))
     async def tokenize(http: Request) -> Response:
@@ -244,14 +244,14 @@ def _tokens(served: Served, body: TokenizeRequest) -> dict[str, Any]:
     return {"ids": ids, "count": len(ids), "pieces": [tokenizer.decode([i]) for i in ids], "max_model_len": served.context if served.writes else None}
 
 
-async def _embeddings(served: Served, body: EmbeddingRequest) -> Response:
+async def _embeddings(served: Served, body: EmbeddingRequest, http: Request) -> Response:
     served.check_name(body.model)
     rows = await asyncio.to_thread(_texts, served, body.input)
     d = width(served.model)
     if body.dimensions not in (None, d):
         raise Problem(400, f"dimensions is {body.dimensions}, and the vectors of this model have {d}: leave it out.", param="dimensions")
     try:
-        found = await served.work(lambda: vectors(served.model, rows, served.deadline()))
+        found = await while_there(served, http, lambda check: vectors(served.model, rows, check))
     except GlassformerError as error:
         raise of_error(error, ("input",)) from None
 

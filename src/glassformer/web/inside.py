@@ -136,6 +136,10 @@ class Wanted:
         """The edits for one answer (a tap serves one at a time)."""
         return None if self.edits is None or self.anatomy is None else self.edits.tap(self.anatomy.model)
 
+    def whole(self, first: int) -> Tap | None:
+        """The edits for one pass over a whole row, whose first step read so many tokens."""
+        return None if self.edits is None or self.anatomy is None else whole_row(self.edits, first, self.anatomy).tap(self.anatomy.model)
+
     def check_size(self, rows: Sequence[tuple[int, int]], limits: Limits) -> None:
         """Raise a :class:`Problem` if the values of these rows (tokens, and source's tokens) will be larger than one request may return."""
         if not self.entries or self.anatomy is None:
@@ -158,8 +162,8 @@ class Wanted:
         assert self.anatomy is not None
         model = self.anatomy.model
         keep: Tap = Keep(self.entries, self.anatomy.axes)
-        first = len(start) if self.anatomy.pair else len(prompt)
-        tap = keep if self.edits is None else whole_row(self.edits, first, self.anatomy).tap(model) | keep
+        edits = self.whole(len(start) if self.anatomy.pair else len(prompt))
+        tap = keep if edits is None else edits | keep
         device = next(model.parameters()).device
         row = torch.tensor([[*(start if self.anatomy.pair else prompt), *ids[:-1]]], device=device)
         with torch.no_grad(), evaluating(model):

@@ -64,6 +64,8 @@ def completion(served: Served, body: CompletionRequest) -> Plan:
         raise Problem(400, "max_tokens is 0, so there is nothing to answer: ask for at least 1, or for echo with the prompt's logprobs.", param="max_tokens")
     if body.echo and body.stream and (body.logprobs is not None or most == 0):
         raise Problem(400, "echo with logprobs, or without new tokens, cannot be streamed: leave echo or stream out.", param="echo")
+    if most == 0 and body.return_trace:
+        raise Problem(400, "max_tokens is 0, so no token is chosen, and there is nothing to trace: leave return_trace out.", param="return_trace")
     if body.echo and body.logprobs is not None and served.pair:
         raise Problem(400, "The prompt of an encoder-decoder is read, not predicted, so echo has no logprobs of it: leave echo out.", param="echo")
     return _plan(served, body, False, prompts, texts, [most] * len(prompts), body.logprobs, echo=bool(body.echo))
@@ -203,7 +205,7 @@ def _plan(
         raise Problem(400, "stream_options was given, but the answer is not streamed: give stream=true too.", param="stream_options")
     _check_lengths(served, prompts, most, talks)
     wanted = inside.read(body, served.anatomy, limits, served.allow_edits, served.allow_sites)
-    rows = [(m if served.pair else len(p) + m - 1, len(p)) for p, m in zip(prompts, most, strict=True)]
+    rows = [(m if served.pair else len(p) + max(m, 1) - 1, len(p)) for p, m in zip(prompts, most, strict=True)]
     wanted.check_size([r for r in rows for _ in range(n)], limits)
     said = {name: value for name, value in body.model_dump(include=set(Sampling.model_fields) - {"seed"}).items() if value is not None}
     if "logit_bias" in said:

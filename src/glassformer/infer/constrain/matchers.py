@@ -100,6 +100,8 @@ class Matchers:
             return Place(None, over=True)
         matcher = parent.matcher.deep_copy()
         if not 0 <= token < len(self.vocabulary) or not matcher.consume_token(token):
+            if matcher.is_error() and "doesn't satisfy the grammar" not in (why := reason(matcher)):
+                raise SamplerError(f"The grammar became too much to follow: {why}. Simplify it.")
             raise SamplerError(
                 f"Token {token} was drawn where the constraint does not allow it: another link of the chain brought it in. "
                 f"Put the constraint behind that link, or leave it out."

@@ -163,7 +163,8 @@ class Choices(TextRule):
         object.__setattr__(self, "texts", tuple(dict.fromkeys(texts)))
 
     def lark(self, vocabulary: Vocabulary) -> str:
-        return "start: " + " | ".join(map(quoted, cast(tuple[str, ...], self.texts))) + "\n"
+        # One terminal: its automaton takes thousands of texts, where as many branches of a rule would be too much for the parser.
+        return "start: CHOICE\nCHOICE: " + " | ".join(map(quoted, cast(tuple[str, ...], self.texts))) + "\n"
 
 
 @part
