@@ -93,6 +93,7 @@ def main() -> None:
     asked.add_argument("--rows", type=int, default=16)
     asked.add_argument("--history", type=int, default=256)
     asked.add_argument("--seconds", type=float, default=1.5, help="for each figure")
+    asked.add_argument("--rounds", type=int, default=40, help="steps of each session")
     asked.add_argument("--no-model", action="store_true", help="no decode step to compare with")
     asked.add_argument("--no-links", action="store_true", help="chains only")
     asked.add_argument("--busy", action="store_true", help="one thread, measured by its own processor time")
@@ -118,27 +119,39 @@ def main() -> None:
     for name, chain in chains().items():
         show(name, time_chain(chain))
     if not given.no_model:
-        decode(given.rows, given.seconds)
+        decode(given.rows, given.rounds)
 
 
-def decode(rows: int, seconds: float) -> None:
-    """A decode step of a GPT-2 of 124M random weights with a greedy choice, and what chains and traces add to it."""
+def decode(rows: int, rounds: int) -> None:
+    """A decode step of a GPT-2 of 124M random weights with a greedy choice, and what chains and traces add to it.
+
+    All sessions take their steps in turns, and a ratio is the median of the turns' ratios: what else the machine does meets all alike.
+    """
     model = gf.preset("gpt2").build(seed=0).eval()
     # Of random weights everything is as probable as everything: spread what is said, as a trained model does.
     with torch.no_grad():
         model.embed.weight.mul_(4)
     prompt = torch.randint(V, (rows, 128), generator=torch.Generator().manual_seed(2)).tolist()
-    steps = {}
-    for name, chain in {"greedy": Chain((gf.Greedy(),)), **chains()}.items():
-        for trace in (0, 10):
-            session = Session(model, prompt, chain, room=800, trace=trace)
-            for _ in range(3):
-                session.step()
-            steps[name, trace] = milliseconds(session.step, seconds)
-        plain = steps["greedy", 0]
-        ratio = "" if name == "greedy" else f"{100 * (steps[name, 0][0] / plain[0] - 1):5.1f} % of a greedy step"
-        show(f"a step, {name}", steps[name, 0], ratio)
-        show("  with a trace", steps[name, 10], f"{steps[name, 10][0] / steps[name, 0][0]:5.2f} x")
+    sessions = {
+        (name, trace): Session(model, prompt, chain, room=rounds + 4, trace=trace)
+        for name, chain in {"greedy": Chain((gf.Greedy(),)), **chains()}.items()
+        for trace in (0, 10)
+    }
+    times: dict[tuple[str, int], list[float]] = {key: [] for key in sessions}
+    for turn in range(rounds + 3):
+        for key, session in sessions.items():
+            start = clock()
+            session.step()
+            if turn >= 3:
+                times[key].append(1e3 * (clock() - start))
+
+    def ratio(one: tuple[str, int], other: tuple[str, int]) -> float:
+        return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
+
+    for name in {name: 0 for name, _ in sessions}:
+        beside = "" if name == "greedy" else f"{100 * (ratio((name, 0), ('greedy', 0)) - 1):5.1f} % more than a greedy step"
+        show(f"a step, {name}", (min(times[name, 0]), statistics.median(times[name, 0])), beside)
+        show("  with a trace", (min(times[name, 10]), statistics.median(times[name, 10])), f"{ratio((name, 10), (name, 0)):.2f} x")
 
 
 if __name__ == "__main__":

@@ -127,9 +127,9 @@ def test_forked_and_rewound_sessions_go_on_the_same_way(model, prompts):
         assert again.logprobs == pytest.approx(drawn[4 + n].logprobs, abs=1e-5)
 
 
-def test_rewinding_beyond_a_ring_is_an_error():
+def test_a_ring_of_yours_cannot_be_wound_back_beyond_what_it_holds():
     model = loud(decoder("window").build(seed=0))
-    session = Session(model, [[1, 2, 3]], Greedy(), room=40)
+    session = Session(model, [[1, 2, 3]], Greedy(), room=40, cache=model.cache(batch=1, capacity=60))
     for _ in range(20):
         session.step()
     before = session.ids
@@ -137,6 +137,20 @@ def test_rewinding_beyond_a_ring_is_an_error():
         session.rewind(9)
     assert session.ids == before
     assert session.state.steps == [20]
+
+
+@pytest.mark.parametrize("prompts", [[[1, 2, 3]], [[1, 2, 3], [4, 5]]], ids=["one", "ragged"])
+def test_a_session_winds_back_beyond_its_windows_and_goes_on_the_same_way(prompts):
+    model = loud(decoder("window").build(seed=0))
+    session = Session(model, prompts, Penalties(1.1) | Draw(7), room=40)
+    drawn = [session.step() for _ in range(20)]
+    twin = session.fork(1)
+    session.rewind(9)
+    for want in drawn[11:]:
+        again = session.step()
+        assert again.ids == want.ids
+        assert again.logprobs == pytest.approx(want.logprobs, abs=1e-5)
+    assert twin.step().ids == session.step().ids
 
 
 def test_a_ring_stays_small():

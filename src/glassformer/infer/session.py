@@ -102,7 +102,8 @@ class Session:
         if device.type == "meta":
             raise InputError("This model stands on the meta device, where tensors have shapes but no numbers: build it without device='meta', or load one.")
         self._check_room(cache, longest, room)
-        self._boundaries = _boundaries(model) if not isinstance(cache, Cache) else frozenset()  # what a given one held is known to its owner only
+        self._owns_cache = not isinstance(cache, Cache)  # what a given one held is known to its owner only
+        self._boundaries = _boundaries(model) if self._owns_cache else frozenset()
         self.cache: Cache | None = cache if isinstance(cache, Cache) else None if cache is False else model.cache(batch=len(prompts), capacity=longest + room)
         self.state: State = self.sampler.state(len(prompts), seeds=seeds, seed=seed, device=device)
         history = as_history(prompts, len(prompts), device)
@@ -193,7 +194,8 @@ class Session:
     def rewind(self, k: int) -> None:
         """Forget the last ``k`` tokens that were drawn.
 
-        Raises :class:`InputError` if there are fewer, :class:`CacheError` if a ring has lost what came before.
+        Where a layer's window has lost what came before, the next step reads the row anew.
+        Raises :class:`InputError` if there are fewer, and :class:`CacheError` for a cache of yours whose ring has lost too much.
         """
         if not 0 <= k <= self.drawn:
             raise InputError(f"{self.drawn} tokens were drawn, so {k} cannot be forgotten: a session is wound back to its prompt at most.")
@@ -202,7 +204,12 @@ class Session:
         if self.cache is not None and any(n - k <= b < n for n in self._counted() for b in self._boundaries):
             self.cache, self._begun = self.model.cache(batch=len(self.lengths), capacity=self._ids.shape[1]), False  # its keys fit longer rows only
         elif self.cache is not None:
-            self.cache.rewind(k)
+            try:
+                self.cache.rewind(k)
+            except CacheError:  # a window's ring has lost what came before
+                if not self._owns_cache:
+                    raise
+                self.cache, self._begun = self.model.cache(batch=len(self.lengths), capacity=self._ids.shape[1]), False
         self.state.rewind(k)
         self._ids[:, self._width - k :] = -1
         self._width -= k
