@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import glassformer as gf
 from glassformer.cli.app import main
 from glassformer.core.errors import InputError, SamplerError
 from glassformer.infer import DRY, Chain, Draw, Greedy, LogitBias, MinP, Penalties, Temperature, TopK, generate
@@ -85,6 +86,27 @@ def test_it_draws_a_panel_per_stage(dark: bool) -> None:
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["model", "TopK(k=8)", "Temperature(t=0.5)"]
 
 
+def test_what_several_passes_make_of_the_numbers_is_a_stage_of_its_own() -> None:
+    """Guidance and contrast by hand, DoLa by its own first step; the links come behind."""
+    ids, other = list(zoo.ids(6)), [3, 5]
+    c, u = (distribution("llama", row).log_softmax(-1) for row in (ids, other))
+    found = sampling(zoo.model("llama"), ids, guidance_scale=1.5, negative_prompt=other, top_k=4, k=12)
+    assert found.stages == ("model", "guidance_scale=1.5, negative_prompt=[3, 5]", "TopK(k=4)")
+    torch.testing.assert_close(found.p[0].double(), c.exp()[found.ids], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(found.p[1].double(), (u + 1.5 * (c - u)).softmax(-1)[found.ids], atol=1e-6, rtol=1e-4)
+    amateur = zoo.model("llama").spec.at("final_norm.eps").set(1.0).build(seed=3)
+    found = sampling(zoo.model("llama"), ids, Greedy(), contrast=amateur, contrast_alpha=0.1)
+    assert found.stages == ("model", "contrast, contrast_alpha=0.1")
+    want = generate(zoo.model("llama"), ids, contrast=amateur, contrast_alpha=0.1, max_new_tokens=1)
+    assert str(want.ids[0]) in (found.drawn or "")
+    deep = sampling(zoo.model("llama"), ids, dola_layers="low", position=3)
+    traced = generate(zoo.model("llama"), ids[:4], dola_layers="low", max_new_tokens=1, trace=True).trace
+    assert traced is not None
+    assert float(deep.entropy[1]) == pytest.approx(traced[0].stages[0].entropy, abs=1e-4)
+    with pytest.raises(InputError, match="guidance_scale is shown for a decoder as it is: leave tap out"):
+        sampling(zoo.model("llama"), ids, guidance_scale=2.0, tap=gf.Record("resid_final"))
+
+
 def test_mistakes_are_said() -> None:
     model, ids = zoo.model("llama"), list(zoo.ids(4))
     with pytest.raises(SamplerError, match="were both given: put what you want into the sampler"):
@@ -98,8 +120,6 @@ def test_mistakes_are_said() -> None:
 
 
 def test_the_command_says_what_generate_would_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import glassformer as gf
-
     folder = gf.save(zoo.model("llama"), tmp_path / "m", zoo.words())
     out = tmp_path / "s.json"
     assert main(["look", "sampling", "the fox", "--model", str(folder), "--out", str(out)]) == 0
@@ -109,6 +129,10 @@ def test_the_command_says_what_generate_would_do(tmp_path: Path, capsys: pytest.
     said = capsys.readouterr().out
     assert "TopK(k=3): 3 tokens left" in said
     assert "Temperature" not in said
+    assert main(["look", "sampling", "the fox", "--model", str(folder), "--guidance-scale", "1.5", "--amateur", str(folder)]) == 2
+    assert "choose one" in capsys.readouterr().err
+    assert main(["look", "sampling", "the fox", "--model", str(folder), "--dola-layers", "0,1"]) == 0
+    assert "dola_layers=[0, 1]: " in capsys.readouterr().out
     assert main(["look", "sampling", "the fox", "--model", str(folder), "--top-k", "3", "--set", "top_k=4"]) == 2
     assert "top_k was given twice" in capsys.readouterr().err
     assert isinstance(sampling(gf.load(folder), "the fox", top_k=2), Sampling)

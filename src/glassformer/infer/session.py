@@ -130,6 +130,10 @@ class Session:
         """Which rows a link of the sampler calls finished: a constraint whose text is whole, and which nothing can follow."""
         return self.sampler.ended(self._ids[:, : self._width], self.state)
 
+    def read(self) -> Tensor:
+        """The logits that the next step will choose from, before any link, ``[b v]``; the session stays where it is."""
+        return self.fork(1)._read(())
+
     def step(self) -> Drawn:
         """Draw one token for every row.
 

@@ -5,6 +5,9 @@
     model ──► Temperature ──► TopK ──► MinP ──► the draw
       p0          p1           p2       p3      one token
 
+    model ──► guided, contrasted, … ──► links as above         where the numbers of several passes are combined first
+      p0                p1
+
 The links work on the logits at one position exactly as they do in generation, with the text as their history: what is shown is what
 would be drawn from there.
 """
@@ -12,6 +15,8 @@ would be drawn from there.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -21,7 +26,8 @@ from torch import Tensor
 from glassformer.core.errors import InputError, SamplerError
 from glassformer.core.numerics import wide
 from glassformer.core.tap import Tap
-from glassformer.infer import Chain, Final, Link, Settings, build_chain
+from glassformer.infer import Chain, Final, Greedy, Link, Session, Settings, build_chain
+from glassformer.infer.combining import NAMES, combine
 
 from .distributions import entropy
 from .figure import Theme, dress, plain_text
@@ -34,6 +40,18 @@ if TYPE_CHECKING:
 
     from glassformer.text import Tokenizer
 
+
+class Chosen(Settings, total=False):
+    """The sampler's settings, and those that combine the model with another pass, as :func:`glassformer.generate` takes them."""
+
+    guidance_scale: float | None
+    negative_prompt: str | Iterable[int] | None
+    contrast: Any
+    contrast_alpha: float | None
+    contrast_beta: float | None
+    dola_layers: str | Sequence[int] | None
+
+
 SHOWN = 24
 """Tokens that are followed, where the caller says nothing."""
 
@@ -45,7 +63,7 @@ class Sampling(Result):
     text: str
     position: int
     stages: tuple[str, ...]
-    """[s] ``"model"``, then the links that work, as they print."""
+    """[s] ``"model"``, what it was combined with (if it was), then the links that work, as they print."""
     ids: Tensor
     """[k]"""
     pieces: tuple[str, ...]
@@ -78,7 +96,7 @@ class Sampling(Result):
             f"{name}: {n:,} tokens left, {h:.2f} bits" + (f", removes {mass:.1%} of the probability" if mass > 0 else "")
             for name, n, h, mass in zip(self.stages, self.left, self.entropy.tolist(), self.removed.tolist(), strict=True)
         ]
-        return Grid(("token", "id", *(name.partition("(")[0] for name in self.stages)), tuple(rows), "\n".join(said))
+        return Grid(("token", "id", *(re.split("[(=]", name)[0] for name in self.stages)), tuple(rows), "\n".join(said))
 
     def size(self) -> tuple[float, float]:
         return (min(1.6 + 2.9 * len(self.stages), 24.0), 1.6 + 0.2 * len(self.pieces))
@@ -136,21 +154,27 @@ def sampling(
     tokenizer: Tokenizer | None = None,
     source: Text | None = None,
     tap: Tap | None = None,
-    **settings: Unpack[Settings],
+    **settings: Unpack[Chosen],
 ) -> Sampling:
     """What each link of a sampler does to the distribution at one position (None: the last), for the ``k`` most probable tokens.
 
-    The sampler is a chain (``TopK(40) | MinP(0.05)``; a link that picks may stand last) or ``settings`` as :func:`glassformer.generate` takes them.
+    The sampler is a chain (``TopK(40) | MinP(0.05)``; a link that picks may stand last) or ``settings`` as :func:`glassformer.generate` takes them,
+    ``guidance_scale``, ``contrast`` and ``dola_layers`` among them: what these make of the model's numbers is then the second stage (of a decoder).
     The text up to the position is the history that penalties look at. ``p_s = softmax(logits after link s)``. ``tap``: edits that hold meanwhile.
     Raises :class:`InputError` for a model without scores over tokens or ``k`` below 1, and :class:`SamplerError` as generation does.
     """
     s = read(model, text, tokenizer, source=source, tap=tap)
     check_reads_tokens(s.stack, "sampling()")
     check_k(k)
-    if sampler is not None and settings:
-        raise SamplerError(f"sampler={sampler!r} and {', '.join(settings)} were both given: put what you want into the sampler, or leave it out.")
+    if sampler is not None and (both := [name for name in settings if name not in NAMES]):
+        raise SamplerError(f"sampler={sampler!r} and {', '.join(both)} were both given: put what you want into the sampler, or leave it out.")
+    together = {name: value for name, value in settings.items() if name in NAMES and value is not None}
+    combined, left = combine(s.model, {**settings, "tokenizer": s.tokenizer})
+    left.pop("tokenizer")
+    if combined is not s.model and (tap is not None or source is not None):
+        raise InputError(f"{next(iter(together))} is shown for a decoder as it is: leave {'tap' if tap is not None else 'source'} out.")
     if sampler is None:
-        chain = build_chain(**settings, seed=seed, tokenizer=s.tokenizer, eos_id=getattr(model, "eos_ids", None), max_new_tokens=1 << 20)
+        chain = build_chain(**left, seed=seed, tokenizer=s.tokenizer, eos_id=getattr(model, "eos_ids", None), max_new_tokens=1 << 20)
     else:
         chain = sampler if isinstance(sampler, Chain) else Chain((sampler,))
     if not chain.links:
@@ -158,13 +182,26 @@ def sampling(
     at = s.position(position)
     _, every = s.run()
     logits = wide(every[at])[None].cpu()
-    return _measured(s, at, logits, chain, min(k, logits.shape[1]), seed)
+    mixed = None
+    if combined is not s.model:
+        session = Session(combined, [list(s.ids[: at + 1])], Greedy(), room=1)
+        mixed = (", ".join(_said(name, value) for name, value in together.items()), wide(session.read())[:1].cpu())
+    return _measured(s, at, logits, chain, min(k, logits.shape[1]), seed, mixed)
 
 
-def _measured(s: Any, at: int, logits: Tensor, chain: Chain, k: int, seed: int) -> Sampling:
+def _said(name: str, value: Any) -> str:
+    """A setting in the title of a panel; a model has no short form."""
+    return f"{name}={value!r}" if isinstance(value, str | int | float | list | tuple) else name
+
+
+def _measured(s: Any, at: int, logits: Tensor, chain: Chain, k: int, seed: int, mixed: tuple[str, Tensor] | None = None) -> Sampling:
     picks = isinstance(chain.links[-1], Final)
     state = chain.state(1, seed=seed) if picks else None
     names, logp, drawn = ["model"], [logits.double().log_softmax(-1)[0]], None
+    if mixed is not None:
+        names.append(mixed[0])
+        logits = mixed[1]
+        logp.append(logits.double().log_softmax(-1)[0])
     for step in chain.steps(logits, [list(s.ids[: at + 1])], state):
         if isinstance(step.link, Final):
             drawn = (step.chosen or [-1])[0]

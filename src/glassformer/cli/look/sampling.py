@@ -29,6 +29,10 @@ def sampling(
     dry_multiplier: options.DryMultiplier = None,
     no_repeat_ngram_size: options.NoRepeatNGram = None,
     bad_word: options.BadWord = None,
+    guidance_scale: options.GuidanceScale = None,
+    negative_prompt: options.NegativePrompt = None,
+    amateur: options.Amateur = None,
+    dola_layers: options.DolaLayers = None,
     order: options.Order = None,
     more: options.More = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the draw that is shown.")] = 0,
@@ -45,7 +49,10 @@ def sampling(
     from ...look.sampled import sampling as ask
 
     loaded = open_loaded(model, device, dtype)
-    said = options.only_said(given, more)
+    given |= {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt, "dola_layers": options.layers(dola_layers)}
+    if amateur:
+        given["contrast"] = open_loaded(amateur, device, dtype).model
+    said = options.only_said(given, more, ("contrast_alpha", "contrast_beta"))
     chosen = said or options.settings(getattr(loaded, "extra", {}).get("generation", {}), {})
     tap = edits_of(edits, loaded)
     show(ask(loaded, text, k=k, seed=seed, position=position_of(position), source=source, tap=tap, **chosen), out, max(rows, k))
