@@ -25,6 +25,7 @@
 namespace {
 
 constexpr int LANES = 16, ROWS = 4, BLOCK = 32;
+constexpr int64_t AHEAD = 12288;  // bytes
 
 typedef float f16 __attribute__((vector_size(64)));
 typedef float f16_any __attribute__((vector_size(64), aligned(4), may_alias));
@@ -275,6 +276,9 @@ void every(const Call& c, int64_t stride, const Tiles& tiles) {
     });
 }
 
+// How far ahead of the bytes that are read others are asked for: whole groups of rows, and enough of them for memory to answer in time.
+inline int64_t ahead(int64_t group) { return (AHEAD + group - 1) / group * group; }
+
 template <typename W>
 struct Numbers {
     static constexpr bool PACKED = W::BYTES != 64;
@@ -284,7 +288,7 @@ struct Numbers {
     template <int R, int M>
     void operator()(int64_t n, int64_t m, float (*out)[M]) const {
         const int64_t stride = W::bytes(c.k);
-        tile<W, R, M>(c.w + n * stride, stride, x + m * width, width, c.k, out, m == 0 ? R * stride : 0);
+        tile<W, R, M>(c.w + n * stride, stride, x + m * width, width, c.k, out, m == 0 ? ahead(R * stride) : 0);
     }
 };
 
