@@ -216,7 +216,8 @@ class BeamRun:
         ranked, beyond = (pool, []) if len(self.phrases) else (pool[:most], pool[most:])
         going, ended = self._sorted_out(ranked)
         kept = self._share_out(sorted(going, key=lambda node: -node.total))
-        for node in kept:
+        longest = [node for node in ended if node.ending == "length"]  # they would go on, were it not for the limit
+        for node in (*kept, *longest[: self.search.width - len(kept)]):
             chosen[node.token] = chosen.get(node.token, 0) + 1
         self._end(group, ranked, ended, covered)
         last = min((node.score for node in kept), default=None)
