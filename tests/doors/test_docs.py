@@ -125,7 +125,7 @@ def test_command_lines_are_found_and_wrong_ones_refused() -> None:
         parse("glassformer lern it")
 
 
-SAMPLERS = [p for p in PAGES if p.parent.name == "generate" and "look.sampling(" in p.read_text(encoding="utf-8") and p.name != "README.md"]
+SAMPLERS = [p for p in PAGES if p.parent.name == "generate" and "look.sampling(" in p.read_text(encoding="utf-8") and p.name not in ("README.md", "combined.md")]
 
 
 @pytest.mark.parametrize("path", SAMPLERS, ids=lambda p: p.stem)

@@ -128,3 +128,12 @@ def test_combined_models_by_their_options(run, folder, capsys):
     ):
         code, _, err = run(*said)
         assert code == 2 and words in err and "Traceback" not in err
+
+
+def test_what_is_said_is_what_the_command_line_has(run):
+    code, _, err = run("--min-new-tokens", "3")
+    assert code == 2
+    assert "this model's texts have no end, so leave --min-new-tokens out." in err
+    code, _, err = run("--set", "top_a=.1", "--show-sampler")
+    assert code == 0
+    assert "TopA(a=0.1)" in err

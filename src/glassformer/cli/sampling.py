@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -168,7 +169,7 @@ def read_setting(text: str, beyond: tuple[str, ...] = ()) -> tuple[str, Any]:
     if name not in known:
         raise SamplerError(f"There is no setting {name!r} of a sampler.{did_you_mean(name, known)} Known: {', '.join(sorted(known))}.")
     try:
-        read = json.loads(value)
+        read = json.loads(re.sub(r"^([+-]?)(?=\.\d)", r"\g<1>0", value))  # .1 is 0.1
     except json.JSONDecodeError:
         return name, value
     kind = hints(Options)[name]

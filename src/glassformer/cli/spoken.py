@@ -36,6 +36,7 @@ REMEDIES = {
     "Encode plain text, put the checkpoint's chat_template.jinja beside tokenizer.json, or give Tokenizer(…, chat_template=…) one.": "Leave --chat out, "
     "or put the checkpoint's chat_template.jinja beside tokenizer.json.",
     ", or None for the model's own.": "; leave --cache-dtype out for the model's own.",
+    "give eos_id=…, or a tokenizer that has one.": "this model's texts have no end, so leave --min-new-tokens out.",
     "model.sites() lists them all.": "'glassformer dimensions MODEL' lists them all.",
     "Use None for the whole history": "Use -1 for the whole history",
 }

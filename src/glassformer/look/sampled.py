@@ -191,6 +191,8 @@ def sampling(
 
 def _said(name: str, value: Any) -> str:
     """A setting in the title of a panel; a model has no short form."""
+    if isinstance(value, str) and len(value) > 20:
+        value = value[:18] + "…"
     return f"{name}={value!r}" if isinstance(value, str | int | float | list | tuple) else name
 
 
