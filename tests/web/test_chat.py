@@ -150,6 +150,7 @@ def test_a_session_at_the_terminal() -> None:
         ("/why me", "/why takes a number from 1 on, but 'me' was given."),
         ("/back 2", "/back takes nothing, but '2' was given."),
         ("/set", "/set takes a name and a value"),
+        ("/set nonsense", "/set takes a name and a value"),
         ("/set top_p 0", "top-p is a probability above 0"),
         ("/save", "/save takes a file"),
         ("/save talk.exe", "'talk.exe' ends in '.exe', but the ending says how"),

@@ -171,11 +171,10 @@ class Terminal:
     def _set(self, rest: str) -> None:
         name, _, value = rest.replace("=", " ", 1).partition(" ")
         value = value.strip()
-        if not name:
-            raise InputError("/set takes a name and a value: /set temperature 0.5; /set temperature off takes it away.")
-        if value:
-            self.talk.set(name, None if value == "off" else _value(value))
-        if self.interactive or not value:
+        if not name or not value:
+            raise InputError("/set takes a name and a value: /set temperature 0.5; /set temperature off takes it away, /show says what is set.")
+        self.talk.set(name, None if value == "off" else _value(value))
+        if self.interactive:
             self.console.print(Text(self.talk.chain, style="dim"))
 
     def _show(self, rest: str) -> None:
