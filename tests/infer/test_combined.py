@@ -431,12 +431,14 @@ def test_caches_belong_to_their_models():
 
 
 def test_a_rewind_that_one_branch_cannot_do_is_done_by_none():
-    model = loud(WINDOWED)
-    guided = Guidance(2.0).over(model)
-    session = Session(guided, [[1, 2, 3]], Greedy(), room=20)
-    for _ in range(9):
-        session.step()
-    held = [part.lengths for part in session.cache.parts]
+    """Of a cache of yours; a session's own is read anew, in both branches."""
+    guided = Guidance(2.0).over(loud(WINDOWED))
+    yours = Session(guided, [[1, 2, 3]], Greedy(), room=20, cache=guided.cache(batch=1, capacity=40))
+    own = Session(guided, [[1, 2, 3]], Greedy(), room=20)
+    drawn = [(yours.step().ids, own.step().ids) for _ in range(9)]
+    held = [part.lengths for part in yours.cache.parts]
     with pytest.raises(CacheError, match="ring"):
-        session.rewind(5)
-    assert [part.lengths for part in session.cache.parts] == held
+        yours.rewind(5)
+    assert [part.lengths for part in yours.cache.parts] == held
+    own.rewind(5)
+    assert [own.step().ids for _ in range(5)] == [ids for _, ids in drawn[4:]]
