@@ -56,6 +56,7 @@ def test_every_path_is_a_fresh_computation(name: str, keep: int) -> None:
     hold(tree)
     assert len(tree) == 9 and len(tree._sessions) <= keep
     assert [len(b) for b in tree] == [10, 9, 5, 1, 2, 5, 5, 8, 11]
+    assert tree.chain.endswith("Draw(seed=3)")
     assert tree.branches[0].ids == generate(model_of(name), [3, 1, 4], temperature=0.9, top_k=12, seed=3, max_new_tokens=10).ids
 
 

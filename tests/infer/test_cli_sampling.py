@@ -78,9 +78,10 @@ def test_the_checkpoint_s_settings_stand_where_nothing_is_said():
         (["--choice", "bé"], "No text of this choice can be written with this tokenizer's tokens. The vocabulary has no é: change the choice"),
         (["--set", "penalty_alpha=6"], "contrastive search is a weight from 0 to 1, but alpha=6 was given"),
         (["--set", "contrast_beta=1"], "--set contrast_beta was given without --amateur"),
-        (["-t", "-1"], "A temperature is 0 or more, but -1 was given"),
-        (["-t", "-1.0"], "A temperature is 0 or more, but -1.0 was given"),
-        (["--set", "temperature=-1"], "A temperature is 0 or more, but -1 was given"),
+        (["-t", "-1"], "A temperature is a finite number of 0 or more, but -1 was given"),
+        (["-t", "inf"], "A temperature is a finite number of 0 or more, but inf was given"),
+        (["-t", "-1.0"], "A temperature is a finite number of 0 or more, but -1.0 was given"),
+        (["--set", "temperature=-1"], "A temperature is a finite number of 0 or more, but -1 was given"),
         (["--xtc-threshold", "0.2"], "--xtc-threshold was given without --xtc-probability"),
         (["--mirostat", "2", "--top-k", "5"], "TopK(k=5) cannot go with it"),
         (["--order", "lama.cpp"], "no order of samplers named 'lama.cpp'"),
@@ -137,3 +138,9 @@ def test_what_is_said_is_what_the_command_line_has(run):
     code, _, err = run("--set", "top_a=.1", "--show-sampler")
     assert code == 0
     assert "TopA(a=0.1)" in err
+
+
+def test_an_order_of_one_link(run):
+    code, _, err = run("--order", "top_k;", "--top-k", "3", "--show-sampler")
+    assert (code, err) == (0, "TopK(k=3) | Draw(seed=3)\n")
+    assert "Known: hf, transformers, llama.cpp, or links: 'top_k;temperature', 'top_k;'." in run("--order", "top_k")[2]

@@ -274,6 +274,15 @@ def test_whitespace_is_bounded_and_what_people_write_is_allowed(bpe):
     assert place_of(tight, bpe.encode(compact)).complete
 
 
+@pytest.mark.parametrize(
+    ("form", "lacks"), [({"regex": "a#"}, "#"), ({"regex": "[é]b"}, "é"), ({"grammar": 'root ::= "ab#"'}, "#"), ({"choices": ["a日"]}, "日")]
+)
+def test_the_characters_that_are_named_are_those_of_the_form(form, lacks):
+    tokenizer = train("characters", texts=["abc"])
+    with pytest.raises(SamplerError, match=f"The vocabulary has no {lacks}: change the"):
+        generate(Bigram.random(tokenizer.vocab_size), [0], tokenizer=tokenizer, max_new_tokens=4, **form)
+
+
 def test_a_choice_among_thousands_and_a_grammar_that_is_too_much():
     tokenizer = train("characters", texts=["abcdefgh"])
     texts = ["".join(word) for word in product("abcdefgh", repeat=4)]
@@ -647,6 +656,8 @@ def test_the_command_line(capsys, folder, tmp_path):
     assert command("--choice", "fox", "--choice", "over")[1] in ("abc fox\n", "abc over\n")
     assert re.fullmatch(r"abc [a-c]{1,3}=(yes|no)(,[a-c]{1,3}=(yes|no)){0,2}\n", command("--grammar", str(tmp_path / "g.gbnf"))[1])
     assert command("--regex", r"\d{3}", "--show-sampler")[2].startswith(r"Constrained(Regex(pattern='\\d{3}')) | ")
+    assert "cut after 40 tokens (-n), so it may be no more than the beginning of such a text" in command("--regex", r"\d{400}")[2]
+    assert "cut after" not in command("--regex", r"\d{3}")[2]
     code, out, err = command("--regex", "a(")
     assert code == 2 and out == "" and "The regular expression cannot be used" in err
     code, _, err = command("--grammar", str(tmp_path / "none"))

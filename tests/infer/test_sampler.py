@@ -56,8 +56,8 @@ def test_every_link_is_registered():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Temperature(-0.5), "temperature is 0 or more, but -0.5"),
-        (lambda: Temperature(math.nan), "temperature is 0 or more, but nan"),
+        (lambda: Temperature(-0.5), "temperature is a finite number of 0 or more, but -0.5"),
+        (lambda: Temperature(math.nan), "temperature is a finite number of 0 or more, but nan"),
         (lambda: TopK(-1), "0 or more, but -1"),
         (lambda: TopP(0.0), "above 0 and up to 1, but 0.0"),
         (lambda: TopP(1.01), "above 0 and up to 1, but 1.01"),

@@ -87,7 +87,7 @@ def test_why_is_the_trace_of_that_token() -> None:
     assert made.why().id == tokens[-1].id
     assert made.why(3).id == tokens[-3].id
     assert [s.name for s in made.why().stages] == ["model", "Temperature", "TopK", "Draw"]
-    with pytest.raises(InputError, match="has 6 tokens, so there is no 9. last one: /why takes a number from 1 to 6"):
+    with pytest.raises(InputError, match="has 6 tokens, so none is the 9-th last: /why takes a number from 1 to 6"):
         made.why(9)
 
 

@@ -81,7 +81,13 @@ def test_nothing_there(tmp_path):
 
 
 def test_an_empty_folder_and_a_strange_file(tmp_path):
-    with pytest.raises(WeightsError, match=r"holds no model: neither model\.json .* nor config\.json .* nor a \.gguf file"):
+    with pytest.raises(
+        WeightsError, match=r"holds no model: neither model\.json .* nor config\.json .* nor a \.gguf file\. Give a folder that holds one of these"
+    ):
+        find(tmp_path)
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "model.json").write_text("{}")
+    with pytest.raises(WeightsError, match=r"Folders in it do: give one of them \(books\)\."):
         find(tmp_path)
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(WeightsError, match=r"notes\.txt is no checkpoint that is known here: give a folder with config\.json"):

@@ -118,27 +118,30 @@ def generate(
         return
     run |= {"draft": None if draft is None else open_model(draft, device, dtype, packed, quantise), "draft_tokens": draft_tokens}
     tokens = stream(loaded.model, read, **run, logprobs=logprobs, trace=candidates if trace else False)
-    choices = _print(tokens, beginning, bool(logprobs))
+    formed = any(chosen.get(name) is not None for name in ("json_schema", "regex", "grammar", "choices"))
+    choices = _print(tokens, beginning, bool(logprobs), formed)
     if trace:
         _show(Trace(tuple(c for c in choices if c is not None), text), trace)
 
 
-def _print(tokens: Iterable[Token], beginning: str, line_by_line: bool) -> list[Choice | None]:
-    """Print the tokens as they come, as a text or one to a line, and (on standard error) what came of guesses; how each token was chosen is given back."""
+def _print(tokens: Iterable[Token], beginning: str, line_by_line: bool, formed: bool) -> list[Choice | None]:
+    """Print the tokens as they come, as a text or one to a line, and (on standard error) what came of guesses and of a form; gives how each was chosen."""
     choices: list[Choice | None] = []
-    guesses = None
+    guesses, reason = None, None
     try:
         for token in tokens:
             if not (choices or line_by_line):
                 print(beginning, end="")  # not sooner: what is wrong with the sampler may show only where it meets the vocabulary
             choices.append(token.trace)
-            guesses = token.guesses
+            guesses, reason = token.guesses, token.finish_reason
             print(_line(token) if line_by_line else token.text, end="\n" if line_by_line else "", flush=True)
     finally:
         if choices and not line_by_line:  # after Ctrl-C, too, the next line is one of its own
             print()
     if guesses is not None:
         print(guesses, file=sys.stderr)
+    if formed and reason == "length":
+        print(f"note: the text was cut after {len(choices)} tokens (-n), so it may be no more than the beginning of such a text.", file=sys.stderr)
     return choices
 
 

@@ -170,7 +170,7 @@ class Talk:
         """How the last token of the last answer was chosen, or the ``back``-th last."""
         choices = self.last.answer.choices
         if not 1 <= back <= len(choices):
-            raise InputError(f"The last answer has {len(choices)} tokens, so there is no {back}. last one: /why takes a number from 1 to {len(choices)}.")
+            raise InputError(f"The last answer has {len(choices)} tokens, so none is the {back}-th last: /why takes a number from 1 to {len(choices)}.")
         return choices[-back]
 
     # Settings

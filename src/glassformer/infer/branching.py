@@ -46,8 +46,8 @@ from glassformer.core.fields import hints
 from .combining import combine
 from .named import Settings, eos_ids
 from .options import Options, _checked, _read_sampler, _read_seed, _read_start, read_prompts
-from .sampler import Passed
-from .session import Session, Source, _boundaries, opened, position_limit
+from .sampler import Chain, Passed
+from .session import Session, Source, _boundaries, _seeded, opened, position_limit
 
 ROOM, KEEP = 256, 8
 SUFFIXES = (".html", ".json", ".txt")
@@ -180,6 +180,7 @@ class Branches:
         self.branches: list[Branch] = [self.trunk]
         fresh = self._fresh(self.trunk)
         self.seed = fresh.state.seed  # said, or drawn now: one for the whole tree
+        self.chain = str(Chain(_seeded(self.sampler, fresh.state)))
         self._remember(self.trunk, fresh)
 
     # What is used
@@ -235,7 +236,7 @@ class Branches:
         told = {
             "prompt": self._words((), self.prompt_ids),
             "prompt_ids": self.prompt_ids,
-            "sampler": str(self.sampler),
+            "sampler": self.chain,
             "seed": self.seed,
             "tree": self.nested(),
         }

@@ -37,7 +37,7 @@ def data(tree: Branches) -> dict[str, Any]:
     texts = {i: f"#{i}" if (text := names(i)) is None else shown(text) for _, piece in pieces for i in piece["ids"]}
     return {
         "prompt": shown_text(tree._words((), tree.prompt_ids)),
-        "chain": str(tree.sampler),
+        "chain": tree.chain,
         "seed": str(tree.seed),
         "joint": " " if tree.tokenizer is None else "",
         "fields": ["parent", "ids", "logprobs", "ended", "text"],

@@ -38,7 +38,7 @@ class Temperature(Link):
 
     def __post_init__(self) -> None:
         if not self.t >= 0 or not isfinite(self.t):
-            raise SamplerError(f"A temperature is 0 or more, but {self.t} was given. Use 0 for greedy, 1 for the model's own distribution.")
+            raise SamplerError(f"A temperature is a finite number of 0 or more, but {self.t} was given. Use 0 for greedy, 1 for the model's own distribution.")
 
     @property
     def off(self) -> bool:

@@ -219,9 +219,10 @@ def _read_order(given: Any) -> tuple[tuple[str, ...], int | None]:
     """The links in order, and how far back penalties look if nothing is said."""
     if isinstance(given, str) and ";" not in given:
         if given not in ORDERS:
-            raise SamplerError(f"There is no order of samplers named {given!r}.{did_you_mean(given, ORDERS)} Known: {', '.join(ORDERS)}, or a list of links.")
+            todo = f"Known: {', '.join(ORDERS)}, or links: 'top_k;temperature', 'top_k;'"
+            raise SamplerError(f"There is no order of samplers named {given!r}.{did_you_mean(given, ORDERS)} {todo}.")
         return ORDERS[given], _WINDOWS.get(given)
-    names = [_STAGES.get(name, name) for name in (given.split(";") if isinstance(given, str) else given)]
+    names = [_STAGES.get(name, name) for name in ([name for name in given.split(";") if name] if isinstance(given, str) else given)]
     known = dict.fromkeys((*ON_TOKENS, *_LLAMA_CPP, *STEERING))
     for name in names:
         if name not in known:

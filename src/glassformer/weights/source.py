@@ -83,7 +83,9 @@ def _folder(folder: Path) -> Found:
         raise WeightsError(f"{folder} holds {len(firsts)} GGUF files: give one of them: {', '.join(p.name for p in firsts[:8])}.")
     if pickles := _pickles(folder):
         raise _pickle(pickles[0], folder)
-    raise WeightsError(f"{folder} holds no model: neither model.json (glassformer's own), nor config.json (Hugging Face), nor a .gguf file.")
+    below = [p.name for p in sorted(folder.iterdir()) if (p / "model.json").exists() or (p / "config.json").exists()][:8]
+    todo = f"Folders in it do: give one of them ({', '.join(below)})" if below else "Give a folder that holds one of these, or the file itself"
+    raise WeightsError(f"{folder} holds no model: neither model.json (glassformer's own), nor config.json (Hugging Face), nor a .gguf file. {todo}.")
 
 
 def _gguf(file: Path) -> Found:

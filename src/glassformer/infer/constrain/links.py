@@ -16,6 +16,7 @@ remembers nothing itself, so that forks, rewinding and batches need nothing of i
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any, ClassVar, cast
@@ -31,7 +32,7 @@ from glassformer.core.spec import part
 from ..sampler import GONE, Link
 from ..state import Own
 from .matchers import Matchers, Place
-from .rules import TextRule, with_header
+from .rules import Choices, Grammar, Regex, TextRule, with_header
 from .vocabulary import Vocabulary
 
 
@@ -81,8 +82,7 @@ class Constrained(Link):
                 raise SamplerError(f"The {what} cannot be used: {str(error).rstrip('.')}.") from None
             matchers = None
         if matchers is None or not (matchers.root.may_end or matchers.finishable()):
-            texts = getattr(self.rule, "texts", ())  # of a choice, which says itself what it is made of
-            lacks = vocabulary.lacks("".join(dict.fromkeys("".join(texts))) or '{}[]":,0123456789_.-+abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ')
+            lacks = vocabulary.lacks("".join(dict.fromkeys(_letters(self.rule))))
             why = f"The vocabulary has no {' '.join(lacks[:24])}" if lacks else "Nothing meets it, or the vocabulary lacks a character of it"
             if all(word.startswith(b" ") for word in vocabulary.words if word):
                 why += " (its tokens are words that begin with their space, and so has the text to)"
@@ -130,6 +130,17 @@ class Constrained(Link):
     def ended(self, rows: int, history: Tensor | None, state: Own | None = None) -> list[bool]:
         """Which rows hold a whole text of the rule that nothing can follow."""
         return [place.complete or place.over for place in self.places(rows, history, state)]
+
+
+def _letters(rule: TextRule) -> str:
+    """The characters that a rule is made of, as far as it says them itself: of a pattern without its signs, of a grammar those in quotes, of JSON its own."""
+    if isinstance(rule, Choices):
+        return "".join(rule.texts)
+    if isinstance(rule, Regex):
+        return re.sub(r"\\.|[\^$.|?*+()\[\]{}\-]", "", rule.pattern)
+    if isinstance(rule, Grammar):
+        return "".join(re.findall(r'"([^"\n]*)"', rule.text))
+    return '{}[]":,0123456789_.-+abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ'
 
 
 @part
